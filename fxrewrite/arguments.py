@@ -1,0 +1,76 @@
+"""A node's arguments by name, however the call was spelt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.operator_schemas import get_signature_for_torch_op
+
+_TORCH_NAME = {operator.truediv: "true_divide", operator.floordiv: "floor_divide"}
+
+
+def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[str, Any]:
+    """The arguments that a node gives, by name; `0`, `1`, ... where the callee's names are unknown.
+
+    Torch's own functions, operators and methods share names: `a + b`, `torch.add(a, b)` and
+    `a.add(b)` all give `input` and `other`.
+
+    Args:
+        node: a call of a module, function or method.
+        callee: the module's type, the function, or the method's name.
+    """
+    for signature in _signatures(callee):
+        try:
+            bound = signature.bind(*node.args, **node.kwargs)
+        except TypeError:
+            continue
+        return _flat(signature, bound)
+    return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
+
+
+def _flat(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({str(len(named) + i): each for i, each in enumerate(value)})
+        else:
+            named["input" if name == "self" else name] = value
+    return named
+
+
+@functools.lru_cache(maxsize=4096)
+def _signatures(callee: Callable[..., Any] | str | type) -> tuple[inspect.Signature, ...]:
+    if isinstance(callee, str):
+        return _torch_signatures(getattr(torch.ops.aten, callee, None))
+    if isinstance(callee, type):
+        forward = inspect.signature(callee.forward)  # type: ignore[attr-defined]
+        return (forward.replace(parameters=list(forward.parameters.values())[1:]),)
+    if isinstance(callee, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return _torch_signatures(callee)
+    if getattr(callee, "__module__", None) == "_operator":
+        name = _TORCH_NAME.get(callee, callee.__name__)
+        return _torch_signatures(getattr(torch, name, None)) or _python_signature(callee)
+    return _python_signature(callee) or _torch_signatures(callee)
+
+
+def _python_signature(callee: Callable[..., Any]) -> tuple[inspect.Signature, ...]:
+    try:
+        return (inspect.signature(callee),)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _torch_signatures(op: Any) -> tuple[inspect.Signature, ...]:
+    try:
+        return tuple(get_signature_for_torch_op(op) or ()) if op is not None else ()
+    except Exception:  # not a torch operator; torch says so in several ways
+        return ()

@@ -1,0 +1,111 @@
+"""Ask a rule what to do with a match, and hold it to its promises."""
+
+from __future__ import annotations
+
+import cmath
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .actions import Action, Bypass, Replace
+from .declare import Call
+from .errors import RuleError
+from .matching import Site
+from .ruleset import Rule
+from .snapshot import Snapshot
+
+
+def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
+    """The action that a rule wants for a match, or the reason why a guard refuses it.
+
+    Raises:
+        RuleError: a guard or the rule raised, changed what it was given, or returned something
+            that is neither. What it changed is put back first.
+    """
+    held = list(_held(match))
+    before = Snapshot(
+        [each for each in held if isinstance(each, nn.Module)],
+        [each for each in held if isinstance(each, torch.Tensor)],
+    )
+    try:
+        answer = _ask(rule, match)
+    except BaseException as error:
+        before.restore()
+        if isinstance(error, Exception):
+            raise failure(rule, site, f"raised {error!r}") from error
+        raise
+    if (changed := before.difference()) is not None:
+        before.restore()
+        raise failure(rule, site, f"changed {changed}; a rule must build new modules and tensors")
+    if isinstance(answer, str):
+        return answer
+    if not isinstance(answer, Replace | Call | Bypass):
+        raise failure(
+            rule, site, f"returned {answer!r}, not a Replace, Call or Bypass; to decline, use a guard"
+        )
+    if isinstance(answer, Replace) and not isinstance(answer.module, nn.Module):
+        raise failure(rule, site, f"returned Replace({answer.module!r}), which is not a module")
+    return _not_finite(answer, before) or answer
+
+
+def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
+    """The error for a rule that breaks its contract: which, where, and what it did."""
+    declared = f" ({rule.source})" if rule.source else ""
+    return RuleError(f"rule {rule.name!r}{declared} at {site}: it {what}")
+
+
+def _ask(rule: Rule[Any], match: Any) -> Any:
+    for guard in rule.guards:
+        reason = guard(match)
+        if isinstance(reason, str):
+            return reason
+        if reason is not None:
+            name = getattr(guard, "__name__", repr(guard))
+            raise TypeError(f"guard {name} returned {reason!r}, not None or a reason")
+    return rule.build(match)
+
+
+def _held(match: Any) -> Iterator[Any]:
+    """The modules and tensors that a match gives to a rule."""
+    for name in type(match).__slots__:
+        captured = getattr(match, name, None)
+        for each in captured if isinstance(captured, tuple) else (captured,):
+            if isinstance(each, Call):
+                yield each.function
+                yield from pytree.tree_leaves(each.kwargs)
+            elif each is not None:
+                yield each
+
+
+def _not_finite(action: Action, before: Snapshot) -> str | None:
+    """The reason to refuse an action whose new tensors hold infinities or NaN."""
+    if isinstance(action, Bypass):
+        return None
+    for name, tensor in _tensors_of(action):
+        if not before.holds(tensor) and not _is_finite(tensor):
+            return f"the new {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _tensors_of(action: Replace | Call) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(action, Call):
+        leaves = pytree.tree_leaves((action.args, action.kwargs))
+        yield from (("constant", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return
+    module = action.module
+    for prefix, each in module.named_modules() if module._modules else (("", module),):
+        for name, tensor in (*each._parameters.items(), *each._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # A sum shows any infinity or NaN at a third of the cost, but it may overflow by itself.
+    if tensor.dtype.itemsize > 1 and cmath.isfinite(tensor.sum().item()):
+        return True
+    return bool(torch.isfinite(tensor.to(torch.complex128)).all())

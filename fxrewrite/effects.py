@@ -1,0 +1,164 @@
+"""Which nodes write in place, and which may hand on the storage they were given."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .view import GraphView
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in dir(operator)
+    if name.startswith("i") and hasattr(operator, f"__{name}__")
+} | {operator.setitem}
+
+# What is listed here always returns new storage; of anything else that is not assumed.
+_FRESH_MODULES = {
+    f"torch.nn.modules.{family}"
+    for family in ("activation", "batchnorm", "conv", "linear", "normalization", "pooling")
+}
+_FRESH_CALLS = frozenset(
+    "abs add addcmul addmm avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm cat clone "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cos div elu exp "
+    "gelu group_norm hardsigmoid hardswish hardtanh layer_norm leaky_relu linear log log_softmax "
+    "logical_and logical_not logical_or matmul max_pool1d max_pool2d max_pool3d mean mish mm mul "
+    "neg pow reciprocal relu relu6 rsqrt rsub scaled_dot_product_attention selu sigmoid silu sin "
+    "softmax softplus sqrt stack sub sum tanh true_divide truediv".split()
+)
+
+
+class Effects:
+    """The in-place writes of a graph, in order, and the attributes of the model they reach."""
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._writes = [node for node in view.graph.nodes if written_by(node, view)]
+        self._live = set(self._writes)
+        self._written_tensors = {
+            id(view.attribute(origin))
+            for write in self._writes
+            for value in written_by(write, view)
+            for origin in self.storage(value)
+            if origin.op == "get_attr"
+        }
+
+    def note(self, node: fx.Node) -> None:
+        """Note a new node, or one that calls something else now."""
+        if written_by(node, self._view):
+            self._live.add(node)
+            bisect.insort(self._writes, node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Note that a node is gone."""
+        self._live.discard(node)
+
+    def writes_to(self, tensor: torch.Tensor) -> bool:
+        """Whether some node writes to this tensor of the model."""
+        return id(tensor) in self._written_tensors
+
+    def writes_between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+        """The writes strictly between two nodes, in graph order."""
+        if not self._live:
+            return []
+        start = bisect.bisect_right(self._writes, first)
+        stop = bisect.bisect_left(self._writes, last)
+        return [node for node in self._writes[start:stop] if node in self._live]
+
+    def storage(self, value: fx.Node) -> set[fx.Node]:
+        """The values whose storage this one may share: itself, and what it may be a view of."""
+        pending, seen = [value], {value}
+        while pending:
+            node = pending.pop()
+            sources = [] if is_fresh(node, self._view) else node.all_input_nodes
+            pending += [source for source in sources if source not in seen]
+            seen.update(sources)
+        return seen
+
+    def later_write(self, value: fx.Node) -> fx.Node | None:
+        """A node that writes to this value or to what may be a view of it, if there is one."""
+        if not self._live:
+            return None
+        pending, seen = [value], {value}
+        while pending:
+            node = pending.pop()
+            for reader in node.users:
+                if node in written_by(reader, self._view):
+                    return reader
+                if reader not in seen and not is_fresh(reader, self._view):
+                    seen.add(reader)
+                    pending.append(reader)
+        return None
+
+
+def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
+    """The values that a node writes to in place."""
+    target = node.target
+    if node.op == "call_module":
+        module = view.module(node)
+        in_place = module is not None and module.__dict__.get("inplace") is True
+        return node.all_input_nodes[:1] if in_place else []
+    if node.op == "call_method":
+        return node.all_input_nodes[:1] if _is_in_place_name(str(target)) else []
+    if node.op != "call_function":
+        return []
+    if isinstance(target, torch._ops.OpOverload):
+        inputs = view.inputs(node)
+        return [inputs[name] for name in _mutable_arguments(target) if name in inputs]
+    written: list[fx.Node] = []
+    fx.node.map_arg(node.kwargs.get("out"), written.append)
+    if _writes_first_argument(target) or (
+        _has_inplace_argument(target) and view.arguments(node).get("inplace")
+    ):
+        written += node.all_input_nodes[:1]
+    return written
+
+
+def is_fresh(node: fx.Node, view: GraphView) -> bool:
+    """Whether a node's output is sure to share no storage with its inputs."""
+    if node.op == "call_module":
+        module = view.module(node)
+        known = type(module).__module__ in _FRESH_MODULES and not isinstance(module, nn.Identity)
+        return known and not written_by(node, view)
+    if node.op == "call_function":
+        known = _base_name(node.target) in _FRESH_CALLS and _is_torch(node.target)
+        return known and not written_by(node, view)
+    return node.op != "call_method" or node.target in _FRESH_CALLS
+
+
+def _base_name(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):
+        return str(function._schema.name).rpartition("::")[2]
+    return getattr(function, "__name__", "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_torch(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or "torch"
+    return module == "_operator" or module.partition(".")[0] == "torch"
+
+
+@functools.lru_cache(maxsize=4096)
+def _mutable_arguments(overload: torch._ops.OpOverload) -> tuple[str, ...]:
+    written = [a.name for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return tuple("input" if name == "self" else name for name in written)
+
+
+def _is_in_place_name(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__")
+
+
+@functools.lru_cache(maxsize=4096)
+def _writes_first_argument(function: Any) -> bool:
+    return function in _IN_PLACE_OPERATORS or _is_in_place_name(getattr(function, "__name__", ""))
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_inplace_argument(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and "inplace" in code.co_varnames[: code.co_argcount]

@@ -1,0 +1,220 @@
+"""The engine: a walk over the graph that matches, checks and commits, until nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from . import edits
+from .actions import Action, Bypass, Replace
+from .deciding import decide, failure
+from .declare import Call
+from .effects import Effects
+from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
+from .report import Finding
+from .ruleset import Rule
+from .soundness import bypass_refusal, refusal
+from .view import GraphView
+
+# How often rules may rewrite what rules made, before they are taken to feed each other forever.
+MAX_GENERATIONS = 100
+
+
+@attrs.frozen(eq=False)
+class _Rewritten:
+    made: list[fx.Node]
+    became: str
+    notes: tuple[str, ...]
+
+
+@attrs.frozen(eq=False)
+class _Placed:
+    """A new module that further sites share, where it is, and what it was made from."""
+
+    action: Replace
+    target: str
+    made_from: tuple[nn.Module | None, ...]
+
+
+class Engine:
+    """Applies rules to a graph view; `run` does it and returns what became of each anchor."""
+
+    def __init__(self, view: GraphView, rules: Sequence[Rule[Any]]) -> None:
+        self._view = view
+        self._rules = rules
+        self._effects = Effects(view)
+        self._rules_by_callee: dict[tuple[str, Any], list[Rule[Any]]] = {}
+        self._order: dict[fx.Node, int] = {}
+        self._declined: dict[fx.Node, Finding] = {}
+        self._applied: list[tuple[int, Finding]] = []
+        self._gone: set[fx.Node] = set()
+        self._lineage: dict[fx.Node, tuple[str, ...]] = {}
+        self._shared: dict[tuple[Any, ...], _Placed] = {}
+
+    def run(self) -> list[Finding]:
+        """Rewrite until nothing changes; the findings are in the order of the graph."""
+        while self._walk():
+            pass
+        declined = [(self._order[node], finding) for node, finding in self._declined.items()]
+        return [found for _, found in sorted(self._applied + declined, key=lambda at: at[0])]
+
+    def _walk(self) -> bool:
+        changed = False
+        for node in list(self._view.graph.nodes):
+            pending = [node]
+            while pending:
+                at = pending.pop()
+                made = None if at in self._gone else self._visit(at)
+                if made is not None:
+                    changed = True
+                    pending += reversed(made)
+        return changed
+
+    def _visit(self, node: fx.Node) -> list[fx.Node] | None:
+        """Rewrite at this anchor by the first rule that may; the nodes made, or else None."""
+        rules = self._rules_at(node)
+        if not rules:
+            return None
+        order = self._order.setdefault(node, len(self._order))
+        refused: Finding | None = None
+        missed: Finding | None = None
+        nearest = -1
+        for rule in rules:
+            anchor = name_of(node)
+            found = Matcher(rule.pattern, self._view).at(node)
+            if isinstance(found, Miss):
+                if found.depth > nearest:
+                    missed = Finding(anchor, "missed", rule.name, cause=found)
+                    nearest = found.depth
+                continue
+            steps, nodes = found.steps, tuple([each.name for each in found.nodes])
+            outcome = self._apply(rule, found)
+            if isinstance(outcome, _Rewritten):
+                finding = Finding(
+                    anchor, "applied", rule.name, steps, nodes, outcome.became, outcome.notes
+                )
+                self._applied.append((order, finding))
+                return outcome.made
+            if refused is None:
+                refused = Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome)
+        declined = refused or missed
+        assert declined is not None
+        self._declined[node] = declined
+        return None
+
+    def _rules_at(self, node: fx.Node) -> list[Rule[Any]]:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return []
+        key = (node.op, self._view.callee(node))
+        rules = self._rules_by_callee.get(key)
+        if rules is None:
+            anchors = [(rule, rule.pattern.steps[rule.pattern.anchor]) for rule in self._rules]
+            rules = [rule for rule, step in anchors if accepts(step, node, self._view)]
+            self._rules_by_callee[key] = rules
+        return rules
+
+    def _apply(self, rule: Rule[Any], site: Site) -> _Rewritten | str:
+        """Rewrite a site, or give the reason why it stays."""
+        reason = refusal(site, self._view, self._effects, any_mode=rule.any_mode)
+        if reason is not None:
+            return reason
+        modules = tuple([self._view.module(link.node) for link in site.links])
+        key = (rule, *map(id, modules))
+        shared = self._shared.get(key)
+        if shared is not None:
+            return self._commit(rule, site, modules, shared.action, shared.target)
+        action = decide(rule, site, capture(site, self._view))
+        if isinstance(action, str):
+            return action
+        if isinstance(action, Bypass):
+            reason = bypass_refusal(site, self._view, self._effects)
+            if reason is not None:
+                return reason
+        if not isinstance(action, Replace):
+            return self._commit(rule, site, modules, action, "")
+        slot = _slot(rule, site, action)
+        target, is_own = self._target(slot, action.module)
+        _adopt(action.module, modules)
+        if not is_own and not any(link.step.captures_call for link in site.links):
+            self._shared[key] = _Placed(action, target, modules)
+        self._view.place(target, action.module)
+        return self._commit(rule, site, modules, action, target)
+
+    def _target(self, slot: Link | None, module: nn.Module) -> tuple[str, bool]:
+        """The name for a new module, and whether it is the slot's own."""
+        if slot is None:
+            return self._view.free_name(type(module).__name__.lower()), False
+        old, name = self._view.module(slot.node), name_of(slot.node)
+        if old is module or (old is not None and self._view.only_user(old)):
+            return name, True
+        return self._view.free_name(name), False
+
+    def _commit(
+        self,
+        rule: Rule[Any],
+        site: Site,
+        modules: tuple[nn.Module | None, ...],
+        action: Action,
+        target: str,
+    ) -> _Rewritten:
+        notes = tuple(
+            f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"
+            for link, module in zip(site.links, modules, strict=True)
+            if module is not None and parametrize.is_parametrized(module)
+        )
+        for node in site.nodes:
+            self._effects.forget(node)
+        try:
+            if isinstance(action, Replace):
+                slot = _slot(rule, site, action)
+                made = edits.replace(self._view, site, target, slot, action.inputs)
+            elif isinstance(action, Call):
+                made = edits.call(self._view, site, action)
+            else:
+                made = edits.bypass(self._view, site)
+        except Exception as error:
+            raise failure(rule, site, f"asked for what can't be made: {error}") from error
+        for node in made:
+            self._effects.note(node)
+        self._pass_on(rule, site, made)
+        return _Rewritten(made, target or ", ".join(node.name for node in made), notes)
+
+    def _pass_on(self, rule: Rule[Any], site: Site, made: list[fx.Node]) -> None:
+        """Settle what was known of the chain's nodes, and bound how often rules feed each other."""
+        lineage = max((self._lineage.get(node, ()) for node in site.nodes), key=len)
+        if len(made) >= len(site.links):  # what shrinks the graph comes to an end by itself
+            lineage = (*lineage, rule.name)
+        if len(lineage) > MAX_GENERATIONS:
+            names = ", ".join(sorted(set(lineage)))
+            raise failure(rule, site, f"never comes to an end; these rules feed each other: {names}")
+        for node in site.nodes:
+            self._declined.pop(node, None)
+            if node not in made:
+                self._gone.add(node)
+        if lineage:
+            self._lineage.update(dict.fromkeys(made, lineage))
+
+
+def _slot(rule: Rule[Any], site: Site, action: Replace) -> Link | None:
+    """The link whose node and name a new module takes over, if the chain has such a one."""
+    calls_module = [link for link in site.links if link.node.op == "call_module"]
+    if action.slot is None:
+        return calls_module[0] if calls_module else None
+    named = [link for link in site.links if link.step.name == action.slot]
+    if not named:
+        steps = ", ".join(step for step, _ in site.steps)
+        raise failure(rule, site, f"named the slot {action.slot!r}; this match has {steps}")
+    return named[0] if named[0] in calls_module else None
+
+
+def _adopt(module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
+    """Give a new module the mode of those it replaces."""
+    known = {id(each) for old in matched if old is not None for each in old.modules()}
+    training = any(old.training for old in matched if old is not None)
+    for each in module.modules() if module._modules else (module,):
+        if id(each) not in known:
+            each.training = training

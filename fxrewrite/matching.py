@@ -1,0 +1,229 @@
+"""Find a pattern around an anchor node, or say at which step the chain stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import fx, nn
+
+from .declare import Call, Pattern, Step, Value
+from .modules import without_parametrizations
+from .view import GraphView
+
+
+@attrs.frozen(eq=False)
+class Link:
+    """A node in its role as a step.
+
+    The chain enters it by the argument `takes`, whose value is `source`; `side_inputs` are the
+    other values of the graph that it reads.
+    """
+
+    step: Step
+    node: fx.Node
+    takes: str
+    source: fx.Node
+    side_inputs: tuple[fx.Node, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class Site:
+    """Where a pattern matched: its links in data order."""
+
+    pattern: Pattern
+    links: tuple[Link, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """The value that the chain starts from."""
+        return self.links[0].source
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value is the chain's output."""
+        return self.links[-1].node
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The chain's nodes, in data order."""
+        return [link.node for link in self.links]
+
+    @property
+    def steps(self) -> tuple[tuple[str, str], ...]:
+        """Each step's name with what it calls, by qualified name where that is a module."""
+        return tuple((link.step.name, name_of(link.node)) for link in self.links)
+
+    def __str__(self) -> str:
+        """The chain in one line."""
+        return " -> ".join(name for _, name in self.steps)
+
+
+@attrs.frozen(eq=False)
+class Miss:
+    """An anchor whose chain stopped: the step that was wanted, and what stood there instead."""
+
+    pattern: Pattern
+    step: int
+    upstream: bool
+    beside: str
+    found: tuple[str, ...]
+    depth: int
+
+    def __str__(self) -> str:
+        """The reason as a sentence."""
+        wanted = self.pattern.steps[self.step]
+        if not self.found and self.upstream:
+            return f"{self.beside} reads no value of the graph"
+        if not self.found:
+            return f"nothing reads {self.beside}, where {self.pattern.name} wants a {wanted}"
+        found = " and ".join(self.found)
+        if self.upstream:
+            return f"{self.beside} reads {found}, not a {wanted} (step {wanted.name!r})"
+        return f"{self.beside} feeds {found}, not a {wanted} (step {wanted.name!r})"
+
+
+class Matcher:
+    """Matches one pattern at one anchor; steps before it are sought upstream, the others down."""
+
+    def __init__(self, pattern: Pattern, view: GraphView) -> None:
+        self.pattern = pattern
+        self.view = view
+        self.miss: Miss | None = None
+
+    def at(self, anchor: fx.Node) -> Site | Miss:
+        """The site at this anchor, or the miss that came closest."""
+        at = self.pattern.anchor
+        before = self._upstream(at - 1, self.pattern.steps[at], anchor)
+        if before is not None:
+            after = self._downstream(at + 1, anchor)
+            if after is not None:
+                return Site(self.pattern, (*before, *after))
+        if self.miss is None:
+            self._note(max(at - 1, 0), anchor, [], upstream=True)
+        assert self.miss is not None
+        return self.miss
+
+    def _upstream(self, i: int, step: Step, node: fx.Node) -> list[Link] | None:
+        """The links of steps `..i` that feed this node, and its own."""
+        inputs = self._inputs(step, node)
+        if i < 0:
+            return [_link(step, node, inputs, 0)] if inputs else None
+        wanted = self.pattern.steps[i]
+        for at, (_, producer) in enumerate(inputs):
+            if accepts(wanted, producer, self.view):
+                links = self._upstream(i if wanted.repeats else i - 1, wanted, producer)
+                if links is not None:
+                    links.append(_link(step, node, inputs, at))
+                    return links
+        if wanted.optional:
+            return self._upstream(i - 1, step, node)
+        self._note(i, node, [producer for _, producer in inputs], upstream=True)
+        return None
+
+    def _downstream(self, i: int, node: fx.Node) -> list[Link] | None:
+        """The links of steps `i..` that follow this node."""
+        if i == len(self.pattern.steps):
+            return []
+        wanted = self.pattern.steps[i]
+        # A step that may be absent is not worth a second reader, which would refuse the chain.
+        readers = list(node.users) if not wanted.optional or len(node.users) == 1 else []
+        for reader in readers:
+            if accepts(wanted, reader, self.view):
+                inputs = self._inputs(wanted, reader)
+                at = next((at for at, (_, value) in enumerate(inputs) if value is node), None)
+                links = self._downstream(i if wanted.repeats else i + 1, reader)
+                if at is not None and links is not None:
+                    return [_link(wanted, reader, inputs, at), *links]
+        if wanted.optional:
+            return self._downstream(i + 1, node)
+        self._note(i, node, list(node.users), upstream=False)
+        return None
+
+    def _inputs(self, step: Step, node: fx.Node) -> list[tuple[str, fx.Node]]:
+        """The arguments by which a chain may enter this node."""
+        inputs = list(self.view.inputs(node).items())
+        if not step.captures_call:
+            return inputs[:1]
+        if step.chain is not None:
+            return [entry for entry in inputs if entry[0] == step.chain]
+        return inputs
+
+    def _note(self, step: int, node: fx.Node, found: list[fx.Node], *, upstream: bool) -> None:
+        depth = abs(step - self.pattern.anchor)
+        if self.miss is None or depth > self.miss.depth:
+            there = tuple(describe(each, self.view) for each in found[:3])
+            beside = describe(node, self.view)
+            self.miss = Miss(self.pattern, step, upstream, beside, there, depth)
+
+
+def _link(step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
+    takes, source = inputs[at]
+    if len(node.args) + len(node.kwargs) == 1:
+        return Link(step, node, takes, source)
+    read: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), read.append)
+    read.remove(source)
+    return Link(step, node, takes, source, tuple(each for each in read if each.op != "get_attr"))
+
+
+def name_of(node: fx.Node) -> str:
+    """What reports call a node: the qualified name of the module it calls, or else its own."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def accepts(step: Step, node: fx.Node, view: GraphView) -> bool:
+    """Whether a node calls one of a step's module types, functions or methods."""
+    if node.op == "call_module":
+        return isinstance(view.module(node), step.modules) if step.modules else False
+    if node.op == "call_function":
+        return node.target in step.functions
+    return node.op == "call_method" and node.target in step.methods
+
+
+def describe(node: fx.Node, view: GraphView) -> str:
+    """A node as a message names it: by its module's qualified name, its function or its method."""
+    if node.op == "call_module":
+        return f"{node.target} ({type(view.module(node)).__name__})"
+    if node.op == "call_function":
+        return f"{node.name} ({getattr(node.target, '__name__', node.target)}())"
+    if node.op == "call_method":
+        return f"{node.name} (.{node.target}())"
+    if node.op == "placeholder":
+        return f"the model's input {node.target}"
+    if node.op == "get_attr":
+        return f"the model's attribute {node.target}"
+    return "the model's output"
+
+
+def capture(site: Site, view: GraphView) -> Any:
+    """The match that a rule is given: an instance of the pattern's class."""
+    fields: dict[str, Any] = {}
+    for link in site.links:
+        value = _captured(link, view)
+        if link.step.repeats:
+            value = (*fields.get(link.step.name, ()), value)
+        fields[link.step.name] = value
+    return site.pattern.cls(**fields)
+
+
+def _captured(link: Link, view: GraphView) -> Any:
+    module = view.module(link.node)
+    plain = None if module is None else without_parametrizations(module)
+    if not link.step.captures_call:
+        return plain
+    kwargs = {
+        name: fx.node.map_arg(value, lambda node: _resolved(node, view))
+        for name, value in view.arguments(link.node).items()
+        if name != link.takes
+    }
+    return Call.captured(link.node.target if plain is None else plain, kwargs, link.takes)
+
+
+def _resolved(node: fx.Node, view: GraphView) -> Any:
+    if node.op == "get_attr":
+        value = view.attribute(node)
+        if isinstance(value, torch.Tensor | nn.Module):
+            return value
+    return Value(node.name, node)

@@ -1,0 +1,179 @@
+"""Helpers for a module tree: look up, set and delete by qualified name, copy with new tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _parent_name(target: str) -> tuple[str, str]:
+    """Split a qualified name into its parent's name and the name below it.
+
+    >>> _parent_name("layer1.0.conv"), _parent_name("conv")
+    (('layer1.0', 'conv'), ('', 'conv'))
+    """
+    parent, _, name = target.rpartition(".")
+    return parent, name
+
+
+def get_submodule(root: nn.Module, target: str) -> nn.Module:
+    """The submodule of that qualified name; the empty name is the root itself.
+
+    >>> get_submodule(nn.Sequential(nn.ReLU()), "0")
+    ReLU()
+
+    Raises:
+        AttributeError: there is no such submodule; the message names the part that is missing.
+    """
+    module = root
+    for depth, name in enumerate(target.split(".") if target else ()):
+        found = module._modules.get(name)
+        if found is None:
+            inside = ".".join(target.split(".")[:depth]) or type(root).__name__
+            raise AttributeError(f"{target!r}: {inside} has no submodule {name!r}")
+        module = found
+    return module
+
+
+def set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:
+    """Put a module in place under that qualified name; its parent must exist.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> set_submodule(model, "0", nn.GELU())
+    >>> model[0]
+    GELU(approximate='none')
+    """
+    if not target:
+        raise ValueError("the root module itself can't be replaced; give a qualified name")
+    parent, name = _parent_name(target)
+    setattr(get_submodule(root, parent), name, module)
+
+
+def delete_submodule(root: nn.Module, target: str) -> None:
+    """Delete the submodule of that qualified name, and nothing else.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.GELU())
+    >>> delete_submodule(model, "0")
+    >>> model
+    Sequential(
+      (1): GELU(approximate='none')
+    )
+    """
+    get_submodule(root, target)
+    parent, name = _parent_name(target)
+    delattr(get_submodule(root, parent), name)
+
+
+def fresh_name(base: str, taken: Container[str]) -> str:
+    """The base name, or else the first of `base_1`, `base_2`, ... that is not taken.
+
+    >>> fresh_name("conv", {"conv", "conv_1"})
+    'conv_2'
+    """
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+def replace_node_module(node: fx.Node, modules: dict[str, Any], new_module: nn.Module) -> None:
+    """Let the node's target name another module: in its graph module's tree and in `modules`.
+
+    This is the helper that FX passes know from torch. It changes the module tree in place and
+    for every caller of that target, so rules don't use it; it serves passes written by hand.
+
+    >>> traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    >>> modules = dict(traced.named_modules())
+    >>> replace_node_module(list(traced.graph.nodes)[1], modules, nn.GELU())
+    >>> traced.get_submodule("0") is modules["0"]
+    True
+
+    Args:
+        node: a `call_module` node whose graph is owned by a module.
+        modules: modules by qualified name, such as `dict(root.named_modules())`.
+        new_module: what the node calls from now on.
+    """
+    if node.op != "call_module" or not isinstance(node.target, str):
+        raise ValueError(f"node {node.name!r} is a {node.op}, not a call_module")
+    root = modules.get("", node.graph.owning_module)
+    if root is None:
+        raise ValueError(f"node {node.name!r}: neither `modules` nor its graph names a root module")
+    set_submodule(root, node.target, new_module)
+    modules[node.target] = new_module
+
+
+def evolve(module: M, /, **changes: Any) -> M:
+    """A shallow copy of a module with these parameters, buffers or attributes changed.
+
+    All that is not named is shared with the original, which is left as it was.
+
+    >>> conv = nn.Conv2d(3, 8, 1, bias=False)
+    >>> biased = evolve(conv, bias=torch.zeros(8))
+    >>> biased.weight is conv.weight, conv.bias is None, biased.bias.requires_grad
+    (True, True, True)
+
+    Args:
+        module: the module to copy. Its children are shared.
+        changes: by name, a tensor (any shape and dtype) or None for a parameter or buffer, or any
+            value for another attribute. A new parameter keeps the `requires_grad` of the one it
+            replaces, or else of the module's other parameters.
+
+    Raises:
+        AttributeError: the module has nothing of that name.
+    """
+    new = type(module).__new__(type(module))
+    # Every registry of a module (parameters, buffers, hooks, children) is a dict or a set.
+    new.__dict__ = {
+        name: copy.copy(value) if isinstance(value, (dict, set)) else value
+        for name, value in module.__dict__.items()
+    }
+    new.__dict__.pop("_compiled_call_impl", None)
+    for name, value in changes.items():
+        if name in new._parameters:
+            new._parameters[name] = _parameter(module, module._parameters[name], value)
+        elif name in new._buffers:
+            new._buffers[name] = value
+        elif name in new.__dict__:
+            new.__dict__[name] = value
+        else:
+            known = ", ".join([*module._parameters, *module._buffers])
+            raise AttributeError(f"{type(module).__name__} has no {name!r}; its tensors: {known}")
+    return new
+
+
+def _parameter(
+    module: nn.Module, old: nn.Parameter | None, value: torch.Tensor | None
+) -> nn.Parameter | None:
+    if value is None or isinstance(value, nn.Parameter):
+        return value
+    like = old if old is not None else next((p for p in module._parameters.values() if p is not None), None)
+    wants_grad = like is None or like.requires_grad
+    return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
+
+
+def without_parametrizations(module: nn.Module) -> nn.Module:
+    """A plain copy of a parametrized module, the present value of each such tensor baked in.
+
+    A module without parametrizations is returned as it is.
+    """
+    if not parametrize.is_parametrized(module):
+        return module
+    plain = evolve(module)
+    plain.__class__ = parametrize.type_before_parametrizations(module)
+    for name in plain._modules.pop("parametrizations")._modules:  # type: ignore[union-attr]
+        originals = module.parametrizations[name].parameters(recurse=False)  # type: ignore[index]
+        needs_grad = [p.requires_grad for p in originals]
+        value = getattr(module, name).detach()
+        if needs_grad:
+            plain._parameters[name] = nn.Parameter(value, any(needs_grad))
+        else:
+            plain._buffers[name] = value
+    return plain

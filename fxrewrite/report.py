@@ -1,0 +1,182 @@
+"""What a rewrite did: one finding for every anchor, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from .errors import ExpectationError
+from .matching import Miss
+
+Outcome = Literal["applied", "refused", "missed"]
+OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
+_LINES_PER_OUTCOME = 20
+
+
+@attrs.frozen(eq=False)
+class Finding:
+    """What became of one anchor, a node or module of the kind that a rule looks for first.
+
+    `anchor` is its qualified name (or the node's own, where it calls no module). `steps` pairs
+    each step that matched with what it calls, `nodes` are those nodes' names, `became` is what
+    stands there now, and `notes` is what else there is to know.
+    """
+
+    anchor: str
+    outcome: Outcome
+    rule: str
+    steps: tuple[tuple[str, str], ...] = ()
+    nodes: tuple[str, ...] = ()
+    became: str = ""
+    notes: tuple[str, ...] = ()
+    cause: str | Miss = attrs.field(default="", repr=False)
+
+    @property
+    def reason(self) -> str:
+        """Why it was refused or missed; put into words only when asked for."""
+        return str(self.cause)
+
+    def is_about(self, name: str) -> bool:
+        """Whether a module or node of that name takes part in it."""
+        return name in (self.anchor, self.became, *self.nodes, *(to for _, to in self.steps))
+
+    def __str__(self) -> str:
+        """The finding as a sentence."""
+        if self.outcome != "applied":
+            return f"{self.anchor}: {self.outcome} by {self.rule}: {self.reason}"
+        chain = " -> ".join(to for _, to in self.steps)
+        became = "; ".join((self.became or "nothing", *self.notes))
+        return f"{self.anchor}: applied by {self.rule}: {chain} became {became}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as plain data."""
+        return {
+            "anchor": self.anchor,
+            "outcome": self.outcome,
+            "rule": self.rule,
+            "steps": [list(step) for step in self.steps],
+            "nodes": list(self.nodes),
+            "became": self.became,
+            "notes": list(self.notes),
+            "reason": self.reason,
+        }
+
+
+@attrs.frozen(eq=False)
+class Report:
+    """All findings of one rewrite, in the order of the graph; printed, it is a compact table.
+
+    >>> import fxrewrite as fxr
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    >>> report = fxr.plan(model, "conv_bn")
+    >>> report.counts
+    {'fold_conv_bn': {'applied': 1, 'refused': 0, 'missed': 0}}
+    >>> print(report.why("1"))
+    1: applied by fold_conv_bn: 0 -> 1 became 0
+    """
+
+    findings: tuple[Finding, ...]
+    rule_sets: Mapping[str, tuple[str, ...]]
+    module_names: frozenset[str] = attrs.field(default=frozenset(), repr=False)
+
+    @property
+    def applied(self) -> tuple[Finding, ...]:
+        """The sites that were rewritten."""
+        return self._with("applied")
+
+    @property
+    def refused(self) -> tuple[Finding, ...]:
+        """The anchors where a chain matched, and a guard or an invariant said no."""
+        return self._with("refused")
+
+    @property
+    def missed(self) -> tuple[Finding, ...]:
+        """The anchors whose chain was not found, with the step where it stopped."""
+        return self._with("missed")
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each rule, how many anchors it applied to, was refused at, and missed at."""
+        rules = dict.fromkeys(rule for names in self.rule_sets.values() for rule in names)
+        counts = {rule: dict.fromkeys(OUTCOMES, 0) for rule in rules}
+        for finding in self.findings:
+            counts[finding.rule][finding.outcome] += 1
+        return {rule: {str(k): n for k, n in each.items()} for rule, each in counts.items()}
+
+    def why(self, name: str) -> str:
+        """What became of a module or node of the original model, and why.
+
+        Args:
+            name: a module's qualified name or a node's name; a container's name tells of all
+                anchors inside it.
+
+        Raises:
+            LookupError: the model has nothing of that name.
+        """
+        found = [each for each in self.findings if each.is_about(name)]
+        found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
+        if found:
+            return "\n".join(map(str, found))
+        if name not in self.module_names:
+            raise LookupError(f"the model has no module and the report no node named {name!r}")
+        return f"{name}: no rule looks for a module of this kind, and no match includes it"
+
+    def check(self, expected: Mapping[str, int]) -> None:
+        """Raise ExpectationError unless each rule or rule set applied as often as expected.
+
+        >>> import fxrewrite as fxr
+        >>> fxr.plan(nn.Identity(), "conv_bn").check({"conv_bn": 0})
+        """
+        wrong = []
+        for name, count in expected.items():
+            rules = self.rule_sets.get(name, (name,))
+            if not set(rules) <= self.counts.keys():
+                known = ", ".join({**dict.fromkeys(self.rule_sets), **self.counts})
+                raise ExpectationError(f"expect: no rule or rule set {name!r} ran; there are {known}")
+            found = sum(self.counts[rule]["applied"] for rule in rules)
+            if found != count:
+                wrong.append(f"{name} should apply {count} times and applied {found} times")
+        if wrong:
+            raise ExpectationError("; ".join(wrong) + "\n" + str(self))
+
+    def to_json(self) -> str:
+        """The report as JSON; the same rewrite gives the same text."""
+        data = {
+            "version": 1,
+            "rule_sets": {name: list(rules) for name, rules in self.rule_sets.items()},
+            "counts": self.counts,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+        return json.dumps(data, indent=2)
+
+    def __str__(self) -> str:
+        """A table of counts, then each refusal and miss with its reason."""
+        width = max([4, *map(len, self.counts)])
+        lines = [f"{'rule':{width}}  applied  refused  missed"]
+        for rule, each in self.counts.items():
+            lines.append(
+                f"{rule:{width}}  {each['applied']:7}  {each['refused']:7}  {each['missed']:6}"
+            )
+        noted = [f for f in self.applied if f.notes]
+        lines += _listing("noted", [(f.anchor, "; ".join(f.notes)) for f in noted])
+        lines += _listing("refused", [(f.anchor, f.reason) for f in self.refused])
+        lines += _listing("missed", [(f.anchor, f.reason) for f in self.missed])
+        return "\n".join(lines)
+
+    def _with(self, outcome: Outcome) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.outcome == outcome)
+
+
+def _listing(title: str, rows: list[tuple[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    shown = rows[:_LINES_PER_OUTCOME]
+    width = max(len(name) for name, _ in shown)
+    lines = ["", f"{title}:", *(f"  {name:{width}}  {reason}" for name, reason in shown)]
+    if len(rows) > len(shown):
+        lines.append(f"  ... and {len(rows) - len(shown)} more, in `findings`")
+    return lines

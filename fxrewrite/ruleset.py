@@ -1,0 +1,128 @@
+"""Rules and rule sets: a pattern, its guards, and the function that builds the replacement."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeAlias, TypeVar, overload
+
+import attrs
+
+from .actions import Action
+from .declare import Pattern, annotations_of, pattern_of, source_of
+from .errors import PatternError
+
+M = TypeVar("M")
+
+Guard: TypeAlias = Callable[[Any], "str | None"]
+"""A check on a match: None when the rule may go on, or the reason why it may not."""
+
+
+@attrs.frozen(eq=False)
+class Rule(Generic[M]):
+    """A pattern, guards, and a pure function from a match to an action; made by `rule`.
+
+    Calling it calls that function, so a rule is tested without any graph.
+    """
+
+    name: str
+    pattern: Pattern
+    build: Callable[[M], Action]
+    guards: tuple[Guard, ...] = ()
+    any_mode: bool = False
+    doc: str = ""
+    source: str = ""
+
+    def __call__(self, match: M) -> Action:
+        """The action for a match."""
+        return self.build(match)
+
+
+@overload
+def rule(build: Callable[[M], Action], /) -> Rule[M]: ...
+@overload
+def rule(
+    *,
+    where: Iterable[Guard] = (),
+    pattern: type[Any] | None = None,
+    name: str | None = None,
+    any_mode: bool = False,
+) -> Callable[[Callable[[M], Action]], Rule[M]]: ...
+def rule(
+    build: Callable[[Any], Action] | None = None,
+    /,
+    *,
+    where: Iterable[Guard] = (),
+    pattern: type[Any] | None = None,
+    name: str | None = None,
+    any_mode: bool = False,
+) -> Any:
+    """Make a function from a match to an action a rule.
+
+    >>> from torch import nn
+    >>> import fxrewrite as fxr
+    >>> Relu = fxr.chain(relu=nn.ReLU)
+    >>> @fxr.rule(pattern=Relu)
+    ... def relu_to_gelu(m):
+    ...     return fxr.Replace(nn.GELU())
+    >>> print(relu_to_gelu(Relu(relu=nn.ReLU())).module)
+    GELU(approximate='none')
+
+    Args:
+        build: the function. It must not change what it is given, and runs without gradients.
+        where: guards, asked in order; the first reason refuses the match.
+        pattern: the pattern class; by default the annotation of the function's parameter.
+        name: by default the function's name.
+        any_mode: match modules in training mode too. By default the engine refuses those.
+
+    Raises:
+        PatternError: no pattern is given, or what is given is not one.
+    """
+    caller = sys._getframe(1).f_locals
+
+    def declare(build: Callable[[Any], Action]) -> Rule[Any]:
+        return Rule(
+            name=name or build.__name__,
+            pattern=pattern_of(pattern or _annotated_pattern(build, caller)),
+            build=build,
+            guards=tuple(where),
+            any_mode=any_mode,
+            doc=(build.__doc__ or "").strip().partition("\n")[0],
+            source=source_of(build),
+        )
+
+    return declare if build is None else declare(build)
+
+
+def _annotated_pattern(build: Callable[[Any], Action], local_names: dict[str, Any]) -> type[Any]:
+    hints = annotations_of(build, local_names)
+    hints.pop("return", None)
+    if len(hints) != 1:
+        raise PatternError(
+            f"{build.__qualname__}: annotate its one parameter with the pattern class, "
+            "or give pattern=... to the decorator"
+        )
+    annotated: type[Any] = next(iter(hints.values()))
+    return annotated
+
+
+@attrs.frozen(eq=False)
+class RuleSet:
+    """An ordered, named group of rules; where two match at one anchor, the earlier one is tried first.
+
+    >>> RuleSet("nothing", [], doc="No rules at all.").rules
+    ()
+    """
+
+    name: str
+    rules: tuple[Rule[Any], ...] = attrs.field(converter=tuple)
+    doc: str = attrs.field(default="", kw_only=True)
+
+    @rules.validator
+    def _check(self, _: Any, rules: tuple[Any, ...]) -> None:
+        for each in rules:
+            if not isinstance(each, Rule):
+                raise PatternError(f"rule set {self.name!r}: expected rules, found {each!r}")
+        names = [each.name for each in rules]
+        if len(set(names)) < len(names):
+            raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")

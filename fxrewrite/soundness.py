@@ -1,0 +1,166 @@
+"""What must hold of a site before any rule may rewrite it; each check gives the reason it does not.
+
+This is the one place that knows of sharing, readers, hooks, modes and in-place writes. A rule's own
+guards say only what is special to the rule.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+
+from .effects import Effects, is_fresh, written_by
+from .matching import Site, describe
+from .view import GraphView
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
+# A subclass may define these and still behave as its base does.
+_HARMLESS = frozenset(
+    "__init__ __doc__ __module__ __qualname__ __annotations__ __annotate__ __annotate_func__ "
+    "__annotations_cache__ __dict__ __weakref__ __constants__ __parameters__ __orig_bases__ "
+    "__firstlineno__ __static_attributes__ __repr__ extra_repr _get_name reset_parameters".split()
+)
+
+
+def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
+    """Why this site must stay as it is, or None."""
+    return (
+        _other_reader(site, view)
+        or _extra_arguments(site, view)
+        or _module_refusal(site, view, effects, any_mode)
+        or _hazard(site, view, effects)
+    )
+
+
+def bypass_refusal(site: Site, view: GraphView, effects: Effects) -> str | None:
+    """Why the chain's input may not take the place of its output, or None.
+
+    Where the output was storage of its own, the two become one, which a write to either shows.
+    """
+    if not any(is_fresh(node, view) for node in site.nodes):
+        return None
+    write = effects.later_write(site.last)
+    for value in effects.storage(site.input):
+        write = write or effects.later_write(value)
+    if write is None:
+        return None
+    return f"{describe(write, view)} writes in place to what would become one value"
+
+
+def has_hooks(module: nn.Module) -> str | None:
+    """The kind of hook that a module carries, in words, or None."""
+    state = module.__dict__
+    for name in HOOKS:
+        if state.get(name):
+            return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"
+    return None
+
+
+def _other_reader(site: Site, view: GraphView) -> str | None:
+    """A value inside the chain has one reader, the next step."""
+    for link in site.links[1:]:
+        if len(link.source.users) > 1:
+            others = [user for user in link.source.users if user is not link.node]
+            return (
+                f"the output of {describe(link.source, view)} is also read by "
+                f"{describe(others[0], view)}, which needs it as it is"
+            )
+    for link in site.links:
+        if any(value in site.nodes for value in link.side_inputs):
+            return f"{describe(link.node, view)} reads the chain by more than one argument"
+    return None
+
+
+def _extra_arguments(site: Site, view: GraphView) -> str | None:
+    """A module step is called with the chain's value alone; its capture could not show more."""
+    for link in site.links:
+        if not link.step.captures_call and len(link.node.args) + len(link.node.kwargs) > 1:
+            extra = ", ".join(name for name in view.arguments(link.node) if name != link.takes)
+            return f"{describe(link.node, view)} is called with a further argument: {extra}"
+    return None
+
+
+def _module_refusal(site: Site, view: GraphView, effects: Effects, any_mode: bool) -> str | None:
+    for link in site.links:
+        module = view.module(link.node)
+        if module is None:
+            continue
+        reason = _overridden(type(module), link.step.modules)
+        for each in module.modules() if module._modules else (module,):
+            reason = reason or _state_refusal(each, effects, any_mode)
+        if reason is not None:
+            return f"{link.node.target} {reason}"
+    return None
+
+
+def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str | None:
+    if (hook := has_hooks(module)) is not None:
+        return f"carries {hook}, which a rewrite would bypass; remove it first"
+    if _any_global_hook():
+        return "is called while a global module hook is registered, which a rewrite would bypass"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the instance"
+    if module.training and not any_mode:
+        return "is in training mode, where its output is not a fixed function; call model.eval()"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS:
+            lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+            why = "is not initialised yet; run the model once" if lazy else "is a tensor subclass"
+            return f"holds {name}, a {type(tensor).__name__}, which {why}"
+        if effects.writes_to(tensor):
+            return f"holds {name}, which the model writes to in its forward"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _overridden(found: type[nn.Module], wanted: tuple[type[nn.Module], ...]) -> str | None:
+    """How a subclass of a step's type behaves differently, in words, or None."""
+    plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
+    base = next(t for t in wanted if issubclass(plain, t))
+    if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
+        return None
+    for cls in plain.__mro__[: plain.__mro__.index(base)]:
+        for name, value in vars(cls).items():
+            is_new_function = callable(value) and not hasattr(base, name)
+            if name not in _HARMLESS and not is_new_function:
+                return f"is a {plain.__name__}, whose {name} is not that of {base.__name__}"
+    return None
+
+
+def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
+    """No write in place may tell the chain from what replaces it."""
+    nodes = set(site.nodes)
+    for link in site.links:
+        for value in written_by(link.node, view):
+            for shared in effects.storage(value) - nodes:
+                is_given = shared.op in ("placeholder", "get_attr")
+                if is_given or not nodes.issuperset(shared.users):
+                    return f"{describe(link.node, view)} writes in place to {describe(shared, view)}"
+    reads = [side for link in site.links for side in link.side_inputs]
+    if reads or not is_fresh(site.links[0].node, view):
+        reads.append(site.input)
+        for write in effects.writes_between(site.links[0].node, site.last):
+            touched = {v for value in written_by(write, view) for v in effects.storage(value)}
+            if write not in nodes and any(touched & effects.storage(read) for read in reads):
+                return f"{describe(write, view)} writes in place to what the chain reads"
+    return None
+
+
+# The one private name of torch.nn that this package needs; without it no hook is assumed.
+_any_global_hook = getattr(nn_module, "_has_any_global_hook", bool)

@@ -1,0 +1,133 @@
+"""Make a graph of a model: named types are leaves, and what can't be traced is explained."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from .errors import TraceError
+from .soundness import has_hooks
+
+LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
+
+# While FX traces, it patches nn.Module for all threads.
+_tracing = threading.Lock()
+
+_PLAIN_WORDS = {
+    "cannot be used as inputs to control flow": "it branches on a value that only a real run has",
+    "cannot be iterated": "it iterates over a value whose length only a real run has",
+    "'len' is not supported": "it asks for the length of a value that only a real run has",
+    "is not a member": "it uses a parameter that belongs to no module of the model",
+}
+
+
+def trace(
+    model: nn.Module,
+    leaf_modules: LeafModules = (),
+    tracer: fx.Tracer | type[fx.Tracer] | None = None,
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """A graph of the model for the caller to edit, and the constants that tracing found, by name.
+
+    A GraphModule's graph is copied as it is. A module that carries hooks is a leaf, since a hook
+    runs only when its module is called.
+
+    Args:
+        model: the model, which stays as it is.
+        leaf_modules: modules that become one node each, by type (subclasses included) or by
+            qualified name.
+        tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
+
+    Raises:
+        TraceError: the model can't be traced; the message names the module and the line.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
+    if isinstance(model, fx.GraphModule):
+        return copy.deepcopy(model.graph), {}
+    _refuse_compiled(model)
+    own = _with_leaves(model, tuple(leaf_modules), tracer)
+    with _tracing:
+        attributes = set(model.__dict__)
+        try:
+            graph = own.trace(model)
+        except Exception as error:
+            raise TraceError(_explanation(model, error)) from error
+        finally:
+            # A tensor made in the forward becomes a constant, which FX leaves on the model.
+            found = {k: model.__dict__.pop(k) for k in model.__dict__.keys() - attributes}
+    return graph, found
+
+
+def _with_leaves(
+    model: nn.Module,
+    leaves: tuple[type[nn.Module] | str, ...],
+    tracer: fx.Tracer | type[fx.Tracer] | None,
+) -> fx.Tracer:
+    base = tracer() if isinstance(tracer, type) else tracer or fx.Tracer()
+    types = tuple(each for each in leaves if isinstance(each, type))
+    names = {each for each in leaves if isinstance(each, str)}
+    for name in names:
+        model.get_submodule(name)
+
+    def is_leaf(module: nn.Module, name: str) -> bool:
+        named = isinstance(module, types) or name in names
+        return named or has_hooks(module) is not None or base.is_leaf_module(module, name)
+
+    own = copy.copy(base)
+    own.is_leaf_module = is_leaf  # type: ignore[method-assign]
+    return own
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"{kind} is scripted already; rewrite the model before torch.jit")
+    if "_orig_mod" in model._modules:
+        raise TraceError(f"{kind} is compiled already; rewrite the model before torch.compile")
+    if "forward" in model.__dict__:
+        raise TraceError(
+            f"{kind} has a forward set on the instance, which tracing would pass over; "
+            "define it in the class, or pass a GraphModule"
+        )
+
+
+def _explanation(model: nn.Module, error: Exception) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    kind = where = type(model).__name__
+    name, line = "", ""
+    for frame, lineno in _user_frames(error):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in names:
+            name = names[id(module)]
+            where = f"{name} ({type(module).__name__})" if name else kind
+        at = traceback.FrameSummary(frame.f_code.co_filename, lineno, frame.f_code.co_name)
+        line = f"{at.filename}:{at.lineno}: {at.line}"
+    reason = next((words for part, words in _PLAIN_WORDS.items() if part in str(error)), None)
+    said = f"{type(error).__name__}: {error}"
+    advice = (
+        f"keep that module as one node with leaf_modules=[{name!r}]"
+        if name
+        else "rewrite those of its submodules that can be traced"
+    )
+    return (
+        f"tracing {kind} stopped in {where}, at\n  {line}\n"
+        f"because {reason or 'the forward raised there'} ({said}).\n"
+        f"Either {advice}, or pass a tracer= or a GraphModule of your own."
+    )
+
+
+def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
+    """The frames of an error that are not FX's own, outermost first."""
+    fx_folder = Path(fx.__file__).parent
+    for frame, lineno in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename)
+        if fx_folder not in path.parents and path != Path(__file__):
+            yield frame, lineno

@@ -1,0 +1,137 @@
+"""What the engine knows of a graph while it rewrites it: modules, their users, names."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .arguments import arguments
+from .modules import _parent_name, fresh_name
+
+
+class GraphView:
+    """A graph of our own to edit, over a model that is only read.
+
+    New modules and tensors are laid over the model's by qualified name (`placed`); the model
+    itself never changes, and what becomes of graph and overlay is decided elsewhere.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, constants: dict[str, Any]) -> None:
+        self.root = root
+        self.graph = graph
+        self.constants = constants
+        self.placed: dict[str, Any] = dict(constants)
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._users: Counter[int] = Counter()
+        self._called: Counter[str] = Counter()
+        for node in graph.nodes:
+            self.count(node, +1)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None where it calls none."""
+        if node.op != "call_module":
+            return None
+        target = str(node.target)
+        return self.placed.get(target) or self._modules.get(target)
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The value that a `get_attr` node reads."""
+        target = str(node.target)
+        if target in self.placed:
+            return self.placed[target]
+        owner, name = _parent_name(target)
+        # A path may lead through a tensor or a plain object, as `scale.T` does.
+        holder = self._modules.get(owner)
+        return getattr(holder, name) if holder is not None else _walk(self.root, target)
+
+    def callee(self, node: fx.Node) -> Any:
+        """What a node calls: a module's type, a function, or a method's name."""
+        module = self.module(node)
+        return node.target if module is None else type(module)
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """A calling node's arguments by name."""
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            return {_first_parameter(self.callee(node)): node.args[0]}
+        return arguments(node, self.callee(node))
+
+    def inputs(self, node: fx.Node) -> dict[str, fx.Node]:
+        """Those of a node's arguments that are values of the graph, by name."""
+        if node.op in ("placeholder", "get_attr", "output"):
+            return {}
+        return {k: v for k, v in self.arguments(node).items() if isinstance(v, fx.Node)}
+
+    def only_user(self, module: nn.Module) -> bool:
+        """Whether a single call is all that uses a module, under whatever name.
+
+        Another call, a read of one of its attributes, and a called module that contains it are
+        further users.
+        """
+        return self._users[id(module)] == 1
+
+    def free_name(self, target: str) -> str:
+        """A qualified name near `target` that nothing of model or graph has or contains."""
+        parent, _ = _parent_name(target)
+        parts = parent.split(".") if parent else []
+        prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
+        if any(self._called[prefix] for prefix in prefixes):
+            # Below a called module is that module's own, and it belongs to the model.
+            target = target.replace(".", "_")
+        return fresh_name(target, _Taken(self))
+
+    def place(self, target: str, value: nn.Module | torch.Tensor) -> None:
+        """Lay a new module or tensor over the model's under that qualified name."""
+        self.placed[target] = value
+
+    def count(self, node: fx.Node, by: int) -> None:
+        """Note that a node that uses a module came (+1) or went (-1)."""
+        if node.op == "call_module":
+            module = self.module(node)
+            if module is not None:
+                self._called[str(node.target)] += by
+                used = module.modules() if module._modules else (module,)
+                for each in used:
+                    self._use(each, by)
+        elif node.op == "get_attr":
+            parts = str(node.target).split(".")
+            for i in range(1, len(parts) + 1):
+                prefix = self._modules.get(".".join(parts[:i]))
+                if prefix is not None:
+                    self._use(prefix, by)
+
+    def _use(self, module: nn.Module, by: int) -> None:
+        users = self._users[id(module)] + by
+        if users:
+            self._users[id(module)] = users
+        else:  # a module that nobody uses may be freed, and its id taken by another
+            del self._users[id(module)]
+
+
+class _Taken:
+    """The qualified names that model, overlay or graph have, or that something is below."""
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+
+    def __contains__(self, target: str) -> bool:
+        view = self._view
+        if target in view.placed or target in view._modules:
+            return True
+        owner, name = _parent_name(target)
+        return hasattr(view._modules.get(owner), name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _first_parameter(module_type: type[nn.Module]) -> str:
+    code = getattr(module_type.forward, "__code__", None)
+    return code.co_varnames[1] if code is not None and code.co_argcount > 1 else "0"
+
+
+def _walk(root: Any, target: str) -> Any:
+    for name in target.split("."):
+        root = getattr(root, name)
+    return root

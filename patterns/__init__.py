@@ -1,0 +1,1 @@
+"""The rule sets that come with fxrewrite, one module each."""
