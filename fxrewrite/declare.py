@@ -26,7 +26,6 @@ class Value:
     node: fx.Node | None = attrs.field(default=None, repr=False)
 
 
-@attrs.frozen(eq=False, init=False)
 class Call:
     """A function and its arguments: seen, as a captured step, or to be made, as an action.
 
@@ -44,18 +43,28 @@ class Call:
     {'negative_slope': 0.1}
     """
 
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    takes: str | None = None
+    __slots__ = ("args", "function", "kwargs", "takes")
 
     def __init__(self, function: Any, /, *args: Any, **kwargs: Any) -> None:
-        self.__attrs_init__(function, args, kwargs)  # type: ignore[attr-defined]
+        """Of a function with the arguments that follow the chain's value."""
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.takes: str | None = None
 
     @classmethod
     def captured(cls, function: Any, kwargs: dict[str, Any], takes: str) -> Call:
         """What the engine puts into a match, and a test may too: `takes` is the chain's way in."""
-        return attrs.evolve(cls(function), kwargs=kwargs, takes=takes)
+        call = cls(function)
+        call.kwargs, call.takes = kwargs, takes
+        return call
+
+    def __repr__(self) -> str:
+        """The call as it would be written."""
+        given = [*map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
+        return (
+            f"Call({', '.join([getattr(self.function, '__name__', repr(self.function)), *given])})"
+        )
 
 
 @attrs.frozen
@@ -219,7 +228,7 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     fields = {step.name: _field(step) for step in steps}
     made = attrs.define(cls, these=fields, frozen=True, slots=True, kw_only=True, eq=False)
     at = required[-1] if anchor is None else index[anchor]
-    made.__fxrewrite_pattern__ = Pattern(made, steps, at)  # type: ignore[attr-defined]
+    made.__fxrewrite_pattern__ = Pattern(made, steps, at)
     return made
 
 
@@ -244,9 +253,7 @@ def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
         if kinds != (Call,):
             raise PatternError(f"{where}: a step given by call(...) is annotated as Call")
         modules, functions, methods = _sorted_targets(where, default.targets)
-        return Step(
-            name, modules, functions, methods, optional, repeats, True, default.chain
-        )
+        return Step(name, modules, functions, methods, optional, repeats, True, default.chain)
     if default is not None or Call in kinds:
         raise PatternError(f"{where}: a Call step is declared as `{name}: Call = call(...)`")
     wrong = [kind for kind in kinds if not _is_module_type(kind)]

@@ -25,10 +25,15 @@ def replace(
     else:
         node = slot.node
         view.count(node, -1)
-        node.target = target
+        if node.target != target:
+            node.target = target
         if node is not place:
             place.prepend(node)
-    node.args, node.kwargs = (site.input, *inputs), {}
+    # What FX keeps up to date on assignment is not cheap, and most sites need none of it.
+    if node.args != (site.input, *inputs):
+        node.args = (site.input, *inputs)
+    if node.kwargs:
+        node.kwargs = {}
     view.count(node, +1)
     _hand_over(view, site, [node], node)
     return [node]

@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from . import edits
 from .actions import Action, Bypass, Replace
@@ -15,6 +14,7 @@ from .deciding import decide, failure
 from .declare import Call
 from .effects import Effects
 from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
+from .modules import is_parametrized
 from .report import Finding
 from .ruleset import Rule
 from .soundness import bypass_refusal, refusal
@@ -63,20 +63,16 @@ class Engine:
         return [found for _, found in sorted(self._applied + declined, key=lambda at: at[0])]
 
     def _walk(self) -> bool:
-        changed = False
+        before = len(self._applied)
         for node in list(self._view.graph.nodes):
             pending = [node]
-            while pending:
-                at = pending.pop()
-                made = None if at in self._gone else self._visit(at)
-                if made is not None:
-                    changed = True
-                    pending += reversed(made)
-        return changed
+            for each in pending:  # what a rule makes is looked at again before the walk goes on
+                pending += self._visit(each) or ()
+        return len(self._applied) > before
 
     def _visit(self, node: fx.Node) -> list[fx.Node] | None:
         """Rewrite at this anchor by the first rule that may; the nodes made, or else None."""
-        rules = self._rules_at(node)
+        rules = () if node in self._gone else self._rules_at(node)
         if not rules:
             return None
         order = self._order.setdefault(node, len(self._order))
@@ -106,9 +102,9 @@ class Engine:
         self._declined[node] = declined
         return None
 
-    def _rules_at(self, node: fx.Node) -> list[Rule[Any]]:
+    def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
         if node.op not in ("call_module", "call_function", "call_method"):
-            return []
+            return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
         if rules is None:
@@ -164,7 +160,7 @@ class Engine:
         notes = tuple(
             f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"
             for link, module in zip(site.links, modules, strict=True)
-            if module is not None and parametrize.is_parametrized(module)
+            if module is not None and is_parametrized(module)
         )
         for node in site.nodes:
             self._effects.forget(node)
@@ -190,7 +186,9 @@ class Engine:
             lineage = (*lineage, rule.name)
         if len(lineage) > MAX_GENERATIONS:
             names = ", ".join(sorted(set(lineage)))
-            raise failure(rule, site, f"never comes to an end; these rules feed each other: {names}")
+            raise failure(
+                rule, site, f"never comes to an end; these rules feed each other: {names}"
+            )
         for node in site.nodes:
             self._declined.pop(node, None)
             if node not in made:
@@ -213,8 +211,10 @@ def _slot(rule: Rule[Any], site: Site, action: Replace) -> Link | None:
 
 def _adopt(module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
     """Give a new module the mode of those it replaces."""
-    known = {id(each) for old in matched if old is not None for each in old.modules()}
     training = any(old.training for old in matched if old is not None)
-    for each in module.modules() if module._modules else (module,):
-        if id(each) not in known:
-            each.training = training
+    others = [each for each in module.modules() if each.training != training]
+    if others:
+        known = {id(each) for old in matched if old is not None for each in old.modules()}
+        for each in others:
+            if id(each) not in known:
+                each.training = training

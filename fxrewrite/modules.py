@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Container
 from typing import Any, TypeVar
 
@@ -132,7 +131,7 @@ def evolve(module: M, /, **changes: Any) -> M:
     new = type(module).__new__(type(module))
     # Every registry of a module (parameters, buffers, hooks, children) is a dict or a set.
     new.__dict__ = {
-        name: copy.copy(value) if isinstance(value, (dict, set)) else value
+        name: value.copy() if isinstance(value, (dict, set)) else value
         for name, value in module.__dict__.items()
     }
     new.__dict__.pop("_compiled_call_impl", None)
@@ -152,11 +151,19 @@ def evolve(module: M, /, **changes: Any) -> M:
 def _parameter(
     module: nn.Module, old: nn.Parameter | None, value: torch.Tensor | None
 ) -> nn.Parameter | None:
-    if value is None or isinstance(value, nn.Parameter):
-        return value
-    like = old if old is not None else next((p for p in module._parameters.values() if p is not None), None)
+    # isinstance() would ask torch's metaclass, in Python.
+    if value is None or issubclass(type(value), nn.Parameter):
+        return value  # type: ignore[return-value]
+    like = old
+    if like is None:
+        like = next((each for each in module._parameters.values() if each is not None), None)
     wants_grad = like is None or like.requires_grad
     return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether some tensor of the module is computed from others (`torch.nn.utils.parametrize`)."""
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module)
 
 
 def without_parametrizations(module: nn.Module) -> nn.Module:
@@ -164,12 +171,12 @@ def without_parametrizations(module: nn.Module) -> nn.Module:
 
     A module without parametrizations is returned as it is.
     """
-    if not parametrize.is_parametrized(module):
+    if not is_parametrized(module):
         return module
     plain = evolve(module)
     plain.__class__ = parametrize.type_before_parametrizations(module)
-    for name in plain._modules.pop("parametrizations")._modules:  # type: ignore[union-attr]
-        originals = module.parametrizations[name].parameters(recurse=False)  # type: ignore[index]
+    for name, parametrized in plain._modules.pop("parametrizations").named_children():  # type: ignore[union-attr]
+        originals = parametrized.parameters(recurse=False)
         needs_grad = [p.requires_grad for p in originals]
         value = getattr(module, name).detach()
         if needs_grad:

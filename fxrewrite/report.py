@@ -129,6 +129,7 @@ class Report:
         """Raise ExpectationError unless each rule or rule set applied as often as expected.
 
         >>> import fxrewrite as fxr
+        >>> from torch import nn
         >>> fxr.plan(nn.Identity(), "conv_bn").check({"conv_bn": 0})
         """
         wrong = []
@@ -136,7 +137,9 @@ class Report:
             rules = self.rule_sets.get(name, (name,))
             if not set(rules) <= self.counts.keys():
                 known = ", ".join({**dict.fromkeys(self.rule_sets), **self.counts})
-                raise ExpectationError(f"expect: no rule or rule set {name!r} ran; there are {known}")
+                raise ExpectationError(
+                    f"expect: no rule or rule set {name!r} ran; there are {known}"
+                )
             found = sum(self.counts[rule]["applied"] for rule in rules)
             if found != count:
                 wrong.append(f"{name} should apply {count} times and applied {found} times")

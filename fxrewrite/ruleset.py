@@ -106,16 +106,20 @@ def _annotated_pattern(build: Callable[[Any], Action], local_names: dict[str, An
     return annotated
 
 
+def _as_tuple(rules: Iterable[Rule[Any]]) -> tuple[Rule[Any], ...]:
+    return tuple(rules)
+
+
 @attrs.frozen(eq=False)
 class RuleSet:
-    """An ordered, named group of rules; where two match at one anchor, the earlier one is tried first.
+    """An ordered, named group of rules; at each anchor the earlier ones are tried first.
 
     >>> RuleSet("nothing", [], doc="No rules at all.").rules
     ()
     """
 
     name: str
-    rules: tuple[Rule[Any], ...] = attrs.field(converter=tuple)
+    rules: tuple[Rule[Any], ...] = attrs.field(converter=_as_tuple)
     doc: str = attrs.field(default="", kw_only=True)
 
     @rules.validator

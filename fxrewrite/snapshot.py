@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-
 
 _ABSENT = object()
 
@@ -15,11 +15,27 @@ _ABSENT = object()
 class Snapshot:
     """The state of some modules and tensors at one moment: attributes, and what tensors hold."""
 
+    # Every site pays for this twice, so the records are plain tuples.
     def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor] = ()) -> None:
-        self._modules = [_ModuleState(each) for module in modules for each in module.modules()]
-        held = {id(t): t for state in self._modules for t in state.tensors()}
-        held.update((id(t), t) for t in tensors)
-        self._tensors = {at: _TensorState(each) for at, each in held.items()}
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        # Parameters, buffers, hooks and children live in dicts and sets, which change in place.
+        self._registries: list[tuple[nn.Module, str, Any, Any]] = []
+        held = {id(tensor): tensor for tensor in tensors}
+        for module in modules:
+            for each in module.modules() if module._modules else (module,):
+                self._attributes.append((each, each.__dict__.copy()))
+                for name, value in each.__dict__.items():
+                    if isinstance(value, (dict, set)):
+                        before = value.copy() if value else ()
+                        self._registries.append((each, name, value, before))
+                for tensor in (*each._parameters.values(), *each._buffers.values()):
+                    if tensor is not None:
+                        held[id(tensor)] = tensor
+        # A detached tensor keeps the storage when the original is given another one.
+        self._tensors = {
+            at: (tensor, data := tensor.detach(), data.clone(), tensor.requires_grad)
+            for at, tensor in held.items()
+        }
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether this very tensor is part of what was recorded."""
@@ -27,90 +43,52 @@ class Snapshot:
 
     def difference(self) -> str | None:
         """What has changed since, in words, or None."""
-        for module in self._modules:
-            if (name := module.difference()) is not None:
-                return f"{type(module.module).__name__}.{name}"
-        for tensor in self._tensors.values():
-            if tensor.differs():
-                return f"the {tensor.shape} tensor it was given"
+        for module, before in self._attributes:
+            if (name := _changed(before, module.__dict__)) is not None:
+                return f"{type(module).__name__}.{name}"
+        for module, registry, now, before in self._registries:
+            if (now or before) and (name := _changed(before, now)) is not None:
+                named = registry in ("_parameters", "_buffers", "_modules")
+                return f"{type(module).__name__}.{name if named else registry.strip('_')}"
+        for tensor, data, copy, requires_grad in self._tensors.values():
+            if tensor.requires_grad is not requires_grad or not _is_intact(tensor, data, copy):
+                return f"the {tuple(data.shape)} tensor it was given"
         return None
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        for module in self._modules:
-            module.restore()
-        for tensor in self._tensors.values():
-            if tensor.differs():
-                tensor.restore()
-
-
-class _ModuleState:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(module.__dict__)
-        # Parameters, buffers, hooks and children live in registries, which change in place.
-        self.registries = [
-            (name, value, value.copy())
-            for name, value in self.attributes.items()
-            if value.__class__ is dict or isinstance(value, (dict, set))
-        ]
-
-    def tensors(self) -> list[torch.Tensor]:
-        held: list[Any] = [*self.attributes["_parameters"].values()]
-        held += self.attributes["_buffers"].values()
-        held += self.attributes.values()
-        return [each for each in held if isinstance(each, torch.Tensor)]
-
-    def difference(self) -> str | None:
-        for name in _changed(self.attributes, self.module.__dict__):
-            return name
-        for registry_name, registry, before in self.registries:
-            for name in _changed(before, registry):
-                named = registry_name in ("_parameters", "_buffers", "_modules")
-                return str(name) if named else registry_name.strip("_")
-        return None
-
-    def restore(self) -> None:
-        self.module.__dict__.clear()
-        self.module.__dict__.update(self.attributes)
-        for _, registry, before in self.registries:
+        for module, before in self._attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for _, _, registry, before in self._registries:
             registry.clear()
             registry.update(before)
+        for tensor, data, copy, requires_grad in self._tensors.values():
+            if not _is_intact(tensor, data, copy):
+                tensor.data = data
+                data.copy_(copy)
+            tensor.requires_grad_(requires_grad)
 
 
-class _TensorState:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.shape = tuple(tensor.shape)
-        self.requires_grad = tensor.requires_grad
-        # Shares the storage, and keeps it when the tensor is given another one.
-        self.data = tensor.detach()
-        self.copy = None if tensor.is_meta else self.data.clone()
-
-    def differs(self) -> bool:
-        now = self.tensor
-        if now.requires_grad != self.requires_grad or now.shape != self.data.shape:
-            return True
-        if self.copy is None:
-            return False
-        return now.data_ptr() != self.data.data_ptr() or not _equal(now, self.copy)
-
-    def restore(self) -> None:
-        self.tensor.data = self.data
-        self.tensor.requires_grad_(self.requires_grad)
-        if self.copy is not None:
-            self.data.copy_(self.copy)
-
-
-def _changed(before: Any, now: Any) -> list[Any]:
-    """The keys whose entries are not the same objects any more."""
-    if isinstance(before, set):
-        return [*(before ^ now)]
-    if len(now) == len(before) and all(now.get(key, _ABSENT) is before[key] for key in before):
-        return []
+def _changed(before: Any, now: Any) -> str | None:
+    """The first key whose entry is not the same object any more."""
+    if isinstance(now, set):
+        return next(map(str, now.symmetric_difference(before)), None)
+    before = before or {}
+    same_keys = before.keys() == now.keys()
+    if same_keys and all(map(operator.is_, before.values(), now.values())):
+        return None
     union = {**before, **now}
-    return [key for key in union if before.get(key, _ABSENT) is not now.get(key, _ABSENT)]
+    changed = (k for k in union if before.get(k, _ABSENT) is not now.get(k, _ABSENT))
+    return next(map(str, changed), None)
 
 
-def _equal(now: torch.Tensor, before: torch.Tensor) -> bool:
-    return torch.equal(now, before) or torch.allclose(now, before, rtol=0, atol=0, equal_nan=True)
+def _is_intact(tensor: torch.Tensor, data: torch.Tensor, copy: torch.Tensor) -> bool:
+    if data.is_meta:
+        return tensor.shape == data.shape
+    if tensor.data_ptr() != data.data_ptr():
+        return False
+    if torch.equal(tensor, copy):
+        return True
+    same_shape = tensor.shape == copy.shape
+    return same_shape and torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)

@@ -7,6 +7,7 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,7 +100,8 @@ def _module_refusal(site: Site, view: GraphView, effects: Effects, any_mode: boo
         module = view.module(link.node)
         if module is None:
             continue
-        reason = _overridden(type(module), link.step.modules)
+        kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
+        reason = _overridden(kind, link.step.modules)
         for each in module.modules() if module._modules else (module,):
             reason = reason or _state_refusal(each, effects, any_mode)
         if reason is not None:
@@ -120,7 +122,7 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS:
-            lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+            lazy = torch.nn.parameter.is_lazy(tensor)
             why = "is not initialised yet; run the model once" if lazy else "is a tensor subclass"
             return f"holds {name}, a {type(tensor).__name__}, which {why}"
         if effects.writes_to(tensor):
@@ -151,7 +153,9 @@ def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
             for shared in effects.storage(value) - nodes:
                 is_given = shared.op in ("placeholder", "get_attr")
                 if is_given or not nodes.issuperset(shared.users):
-                    return f"{describe(link.node, view)} writes in place to {describe(shared, view)}"
+                    return (
+                        f"{describe(link.node, view)} writes in place to {describe(shared, view)}"
+                    )
     reads = [side for link in site.links for side in link.side_inputs]
     if reads or not is_fresh(site.links[0].node, view):
         reads.append(site.input)

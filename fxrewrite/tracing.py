@@ -82,7 +82,7 @@ def _with_leaves(
         return named or has_hooks(module) is not None or base.is_leaf_module(module, name)
 
     own = copy.copy(base)
-    own.is_leaf_module = is_leaf  # type: ignore[method-assign]
+    own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
     return own
 
 

@@ -117,8 +117,8 @@ class _Taken:
     def __init__(self, view: GraphView) -> None:
         self._view = view
 
-    def __contains__(self, target: str) -> bool:
-        view = self._view
+    def __contains__(self, target: object) -> bool:
+        view, target = self._view, str(target)
         if target in view.placed or target in view._modules:
             return True
         owner, name = _parent_name(target)

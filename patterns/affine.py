@@ -11,7 +11,7 @@ import fxrewrite as fxr
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNormNd = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Conv = TypeVar("Conv", bound=ConvNd)
 
 
 def scale_and_shift(bn: BatchNormNd) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +33,13 @@ def scale_and_shift(bn: BatchNormNd) -> tuple[torch.Tensor, torch.Tensor]:
     mean, var = bn.running_mean, bn.running_var
     if mean is None or var is None:
         raise ValueError("this batch norm keeps no running statistics")
+    # What meets a wide operand is computed in its type, so one conversion is enough.
     wide = torch.complex128 if mean.is_complex() else torch.float64
-    scale = torch.rsqrt(var.to(wide) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(wide)
-    shift = mean.to(wide).neg() * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+    scale = (var.to(wide) + bn.eps).rsqrt_()
+    weight, bias = bn.weight, bn.bias
+    if weight is not None:
+        scale = scale * weight
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
 
 
 def scaled_and_shifted(conv: Conv, scale: torch.Tensor, shift: torch.Tensor) -> Conv:
@@ -57,9 +58,9 @@ def scaled_and_shifted(conv: Conv, scale: torch.Tensor, shift: torch.Tensor) -> 
         scale: of shape (C,), of a type at least as wide as the weight's.
         shift: likewise.
     """
-    weight = conv.weight
-    wide = weight.to(scale.dtype)
-    new_weight = (wide * scale.view(-1, *[1] * (wide.dim() - 1))).to(weight.dtype)
-    if conv.bias is not None:
-        shift = shift + conv.bias.to(shift.dtype) * scale
-    return fxr.evolve(conv, weight=new_weight, bias=shift.to(weight.dtype))
+    weight, bias = conv.weight, conv.bias
+    dtype = weight.dtype
+    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    if bias is not None:
+        shift = torch.addcmul(shift, bias, scale)
+    return fxr.evolve(conv, weight=(weight * per_channel).to(dtype), bias=shift.to(dtype))
