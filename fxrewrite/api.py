@@ -14,6 +14,7 @@ from .registry import Rules, resolve
 from .report import Finding, Report
 from .result import graph_module
 from .ruleset import Rule
+from .soundness import has_hooks
 from .tracing import LeafModules, trace
 from .view import GraphView
 
@@ -108,16 +109,18 @@ def _out_of_reach(view: GraphView, rules: Sequence[Rule[Any]]) -> list[Finding]:
         if module is not None:
             called.add(id(module))
             if module._modules:
-                inside.update((id(each), describe(node, view)) for each in module.modules())
+                hook = has_hooks(module)
+                because = f", since it carries {hook}" if hook else ""
+                whole = f"{describe(node, view)}, which is kept whole{because}"
+                inside.update((id(each), whole) for each in module.modules())
     findings = []
     for name, module in view.root.named_modules():
         if id(module) not in called:
             for rule in rules:
                 if isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules):
-                    whole = inside.get(id(module))
                     reason = "no call of it is in the traced graph"
-                    if whole is not None:
-                        reason = f"it is inside {whole}, which is kept whole"
+                    if id(module) in inside:
+                        reason = f"it is inside {inside[id(module)]}"
                     findings.append(Finding(name, "missed", rule.name, cause=reason))
                     break
     return findings

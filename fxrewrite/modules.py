@@ -174,6 +174,8 @@ def without_parametrizations(module: nn.Module) -> nn.Module:
     if not is_parametrized(module):
         return module
     plain = evolve(module)
+    # Such a hook reads older checkpoints of the parametrized module, which this is no more.
+    plain._load_state_dict_pre_hooks.clear()
     plain.__class__ = parametrize.type_before_parametrizations(module)
     for name, parametrized in plain._modules.pop("parametrizations").named_children():  # type: ignore[union-attr]
         originals = parametrized.parameters(recurse=False)

@@ -70,6 +70,49 @@ class Snapshot:
             tensor.requires_grad_(requires_grad)
 
 
+class ModelState:
+    """What tracing a model may change: its modules' attributes, and tensors that FX hands out.
+
+    Args:
+        model: the model.
+        buffers: whether to guard what buffers hold, too, for a tracer that does not record reads
+            of them. Reads of parameters are always recorded.
+    """
+
+    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
+        self._registries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._tensors: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for name, module in model.named_modules():
+            for registry in (module.__dict__, module._buffers, module._modules):
+                if registry:
+                    self._registries.append((name, registry, registry.copy()))
+            if torch.Tensor in map(type, module.__dict__.values()):
+                self._hold(name, module.__dict__)
+            if buffers:
+                self._hold(name, module._buffers)
+
+    def _hold(self, name: str, registry: dict[str, Any]) -> None:
+        for key, value in registry.items():
+            if isinstance(value, torch.Tensor):
+                data = value.detach()
+                self._tensors.append((f"{name}.{key}".strip("."), value, data, data.clone()))
+
+    def restore(self) -> str | None:
+        """Put everything back, and name the first thing that was changed."""
+        found = None
+        for name, registry, before in self._registries:
+            if (key := _changed(before, registry)) is not None:
+                found = found or f"{name}.{key}".strip(".")
+                registry.clear()
+                registry.update(before)
+        for name, tensor, data, copy in self._tensors:
+            if not _is_intact(tensor, data, copy):
+                found = found or name
+                tensor.data = data
+                data.copy_(copy)
+        return found
+
+
 def _changed(before: Any, now: Any) -> str | None:
     """The first key whose entry is not the same object any more."""
     if isinstance(now, set):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from .effects import Effects, is_fresh, written_by
 from .matching import Site, describe
+from .modules import is_parametrized
 from .view import GraphView
 
 HOOKS = (
@@ -66,9 +67,16 @@ def has_hooks(module: nn.Module) -> str | None:
     """The kind of hook that a module carries, in words, or None."""
     state = module.__dict__
     for name in HOOKS:
-        if state.get(name):
+        if state.get(name) and not _only_of_parametrizations(state[name], module):
             return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"
     return None
+
+
+def _only_of_parametrizations(hooks: Any, module: nn.Module) -> bool:
+    """Whether torch's own parametrizations put these hooks there, to read older checkpoints."""
+    functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
+    ours = all(f.__module__ == parametrizations.__name__ for f in functions)
+    return ours and is_parametrized(module)
 
 
 def _other_reader(site: Site, view: GraphView) -> str | None:

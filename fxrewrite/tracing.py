@@ -14,9 +14,13 @@ import torch
 from torch import fx, nn
 
 from .errors import TraceError
+from .snapshot import ModelState
 from .soundness import has_hooks
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
+
+# How FX names the tensors and objects that it finds in a forward and keeps on the model.
+_CONSTANTS = ("_tensor_constant", "_torchbind_obj")
 
 # While FX traces, it patches nn.Module for all threads.
 _tracing = threading.Lock()
@@ -53,25 +57,49 @@ def trace(
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model.graph), {}
     _refuse_compiled(model)
-    own = _with_leaves(model, tuple(leaf_modules), tracer)
+    leaves = tuple(leaf_modules)
     with _tracing:
-        attributes = set(model.__dict__)
+        if tracer is not None:
+            return _traced(model, _with_leaves(model, leaves, tracer))
+        # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
+        # A model that needs a buffer's value then does not trace, and gets a second try without.
+        own = _with_leaves(model, leaves, fx.Tracer)
+        own.proxy_buffer_attributes = True
         try:
-            graph = own.trace(model)
-        except Exception as error:
-            raise TraceError(_explanation(model, error)) from error
-        finally:
-            # A tensor made in the forward becomes a constant, which FX leaves on the model.
-            found = {k: model.__dict__.pop(k) for k in model.__dict__.keys() - attributes}
-    return graph, found
+            return _traced(model, own)
+        except TraceError:
+            return _traced(model, _with_leaves(model, leaves, fx.Tracer))
+
+
+def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, Any]]:
+    before = ModelState(model, buffers=not tracer.proxy_buffer_attributes)
+    known = set(model.__dict__)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise TraceError(_explanation(model, error)) from error
+    finally:
+        # A tensor made in the forward becomes a constant, which FX leaves on the model.
+        found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
+        constants = {name: each for name, each in found.items() if name.startswith(_CONSTANTS)}
+        for name in constants:
+            del model.__dict__[name]
+        changed = before.restore()
+    if changed is not None:
+        raise TraceError(
+            f"the forward of {type(model).__name__} changes {changed}, which a graph can't do for "
+            "it; keep the module that does so as one node with leaf_modules=, or take it out"
+        )
+    return graph, constants
 
 
 def _with_leaves(
     model: nn.Module,
     leaves: tuple[type[nn.Module] | str, ...],
-    tracer: fx.Tracer | type[fx.Tracer] | None,
+    tracer: fx.Tracer | type[fx.Tracer],
 ) -> fx.Tracer:
-    base = tracer() if isinstance(tracer, type) else tracer or fx.Tracer()
+    """A copy of the tracer to which further modules are leaves."""
+    base = tracer() if isinstance(tracer, type) else tracer
     types = tuple(each for each in leaves if isinstance(each, type))
     names = {each for each in leaves if isinstance(each, str)}
     for name in names:
