@@ -14,6 +14,7 @@ from .registry import Rules, resolve
 from .report import Finding, Report
 from .result import graph_module
 from .ruleset import Rule
+from .shapes import record_shapes
 from .soundness import has_hooks
 from .tracing import LeafModules, trace
 from .view import GraphView
@@ -40,6 +41,8 @@ def rewrite(
         model: the model, which is never changed; tensors that are not rewritten are shared with
             the result. A GraphModule's graph is taken as it is, anything else is traced.
         rules: a rule set or its name, a rule, or a list of those; earlier ones are tried first.
+        example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
+            need shapes or dtypes learn them from it; nothing is computed.
         expect: how often rules or rule sets, by name, must apply.
         tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
         leaf_modules: modules that tracing must keep whole, by type or qualified name. The types
@@ -59,6 +62,8 @@ def rewrite(
     # Weights made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         view = GraphView(model, graph, constants)
+        if example_inputs is not None:
+            record_shapes(graph_module(view), _as_tuple(example_inputs))
         out_of_reach = _out_of_reach(view, unique)
         findings = (*Engine(view, unique).run(), *out_of_reach)
         made = graph_module(view)
@@ -98,6 +103,11 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     )
     """
     return rewrite(model, "conv_bn")[0]
+
+
+def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    is_many = isinstance(example_inputs, tuple | list)
+    return tuple(example_inputs) if is_many else (example_inputs,)
 
 
 def _out_of_reach(view: GraphView, rules: Sequence[Rule[Any]]) -> list[Finding]:

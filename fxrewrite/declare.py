@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import attrs
+import torch
 from torch import fx, nn
 from typing_extensions import dataclass_transform
 
@@ -20,9 +21,15 @@ T = TypeVar("T")
 
 @attrs.frozen(eq=False)
 class Value:
-    """A value of the graph that a step reads beside the chain, such as an add's other side."""
+    """A value of the graph: what a chain reads or makes, or another argument of a step.
+
+    Shape and dtype are known where the rewrite was given example inputs, or the graph has
+    recorded them; otherwise they are None.
+    """
 
     name: str
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
     node: fx.Node | None = attrs.field(default=None, repr=False)
 
 
@@ -90,11 +97,15 @@ class Step:
 
 @attrs.frozen
 class Pattern:
-    """A declared chain: its steps in data order, and the one that is looked for first."""
+    """A declared chain: its steps in data order, and the one that is looked for first.
+
+    `values` names fields that capture a value, each with the index of the step that follows it.
+    """
 
     cls: type[Any]
     steps: tuple[Step, ...]
     anchor: int
+    values: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -163,6 +174,7 @@ def pattern(cls: type[Any] | None = None, /, *, anchor: str | None = None) -> An
 
     The annotation says what the step may be: a module type, alternatives (`A | B`), a step that
     may be absent (`A | None`) or come any number of times (`tuple[A | B, ...]`), or a `Call`.
+    A field of type `Value` is no step; it captures the value that flows where it stands.
 
     >>> @pattern
     ... class ConvBn:
@@ -217,7 +229,11 @@ def source_of(declared: Any) -> str:
 
 def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) -> type[Any]:
     hints = annotations_of(cls, local_names)
-    steps = tuple(_step(cls, name, hint, cls.__dict__.get(name)) for name, hint in hints.items())
+    steps = tuple(
+        _step(cls, name, hint, cls.__dict__.get(name))
+        for name, hint in hints.items()
+        if hint is not Value
+    )
     required = [i for i, step in enumerate(steps) if not step.optional]
     if not required:
         raise PatternError(f"{cls.__name__}: at least one step must not be optional")
@@ -225,17 +241,22 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     if anchor is not None and index.get(anchor) not in required:
         always = ", ".join(steps[i].name for i in required)
         raise PatternError(f"{cls.__name__}: anchor={anchor!r} is none of its steps {always}")
-    fields = {step.name: _field(step) for step in steps}
+    fields = {name: attrs.field() for name in hints}
+    fields.update(
+        (step.name, attrs.field(default=() if step.repeats else None))
+        for step in steps
+        if step.optional
+    )
     made = attrs.define(cls, these=fields, frozen=True, slots=True, kw_only=True, eq=False)
     at = required[-1] if anchor is None else index[anchor]
-    made.__fxrewrite_pattern__ = Pattern(made, steps, at)
+    names = list(hints)
+    values = tuple(
+        (name, sum(hints[earlier] is not Value for earlier in names[: names.index(name)]))
+        for name in names
+        if hints[name] is Value
+    )
+    made.__fxrewrite_pattern__ = Pattern(made, steps, at, values)
     return made
-
-
-def _field(step: Step) -> Any:
-    if step.repeats:
-        return attrs.field(default=())
-    return attrs.field(default=None) if step.optional else attrs.field()
 
 
 def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:

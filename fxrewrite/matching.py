@@ -205,6 +205,10 @@ def capture(site: Site, view: GraphView) -> Any:
         if link.step.repeats:
             value = (*fields.get(link.step.name, ()), value)
         fields[link.step.name] = value
+    for name, index in site.pattern.values:
+        following = {step.name for step in site.pattern.steps[index:]}
+        reads = (link.source for link in site.links if link.step.name in following)
+        fields[name] = value_of(next(reads, site.last))
     return site.pattern.cls(**fields)
 
 
@@ -226,4 +230,12 @@ def _resolved(node: fx.Node, view: GraphView) -> Any:
         value = view.attribute(node)
         if isinstance(value, torch.Tensor | nn.Module):
             return value
-    return Value(node.name, node)
+    return value_of(node)
+
+
+def value_of(node: fx.Node) -> Value:
+    """A node's value as a rule sees it."""
+    known = node.meta.get("val")
+    if not isinstance(known, torch.Tensor):
+        return Value(node.name, node=node)
+    return Value(node.name, tuple(known.shape), known.dtype, node)
