@@ -81,7 +81,7 @@ class Engine:
         nearest = -1
         for rule in rules:
             anchor = name_of(node)
-            found = Matcher(rule.pattern, self._view).at(node)
+            found = Matcher(rule.pattern, self._view, node).match()
             if isinstance(found, Miss):
                 if found.depth > nearest:
                     missed = Finding(anchor, "missed", rule.name, cause=found)

@@ -62,7 +62,10 @@ class Site:
 
 @attrs.frozen(eq=False)
 class Miss:
-    """An anchor whose chain stopped: the step that was wanted, and what stood there instead."""
+    """An anchor whose chain stopped: the step that was wanted, and what stood there instead.
+
+    `beside` is the last node that did match, empty where that is the anchor itself.
+    """
 
     pattern: Pattern
     step: int
@@ -74,27 +77,27 @@ class Miss:
     def __str__(self) -> str:
         """The reason as a sentence."""
         wanted = self.pattern.steps[self.step]
+        who = self.beside or "it"
         if not self.found and self.upstream:
-            return f"{self.beside} reads no value of the graph"
+            return f"{who} reads no value of the graph"
         if not self.found:
-            return f"nothing reads {self.beside}, where {self.pattern.name} wants a {wanted}"
-        found = " and ".join(self.found)
-        if self.upstream:
-            return f"{self.beside} reads {found}, not a {wanted} (step {wanted.name!r})"
-        return f"{self.beside} feeds {found}, not a {wanted} (step {wanted.name!r})"
+            return f"nothing reads {self.beside or 'its output'}, where a {wanted} is wanted"
+        verb = "reads" if self.upstream else "feeds"
+        return f"{who} {verb} {' and '.join(self.found)}, not a {wanted}"
 
 
 class Matcher:
     """Matches one pattern at one anchor; steps before it are sought upstream, the others down."""
 
-    def __init__(self, pattern: Pattern, view: GraphView) -> None:
+    def __init__(self, pattern: Pattern, view: GraphView, anchor: fx.Node) -> None:
         self.pattern = pattern
         self.view = view
+        self.anchor = anchor
         self.miss: Miss | None = None
 
-    def at(self, anchor: fx.Node) -> Site | Miss:
-        """The site at this anchor, or the miss that came closest."""
-        at = self.pattern.anchor
+    def match(self) -> Site | Miss:
+        """The site at the anchor, or the miss that came closest."""
+        at, anchor = self.pattern.anchor, self.anchor
         before = self._upstream(at - 1, self.pattern.steps[at], anchor)
         if before is not None:
             after = self._downstream(at + 1, anchor)
@@ -154,7 +157,7 @@ class Matcher:
         depth = abs(step - self.pattern.anchor)
         if self.miss is None or depth > self.miss.depth:
             there = tuple(describe(each, self.view) for each in found[:3])
-            beside = describe(node, self.view)
+            beside = "" if node is self.anchor else describe(node, self.view)
             self.miss = Miss(self.pattern, step, upstream, beside, there, depth)
 
 

@@ -108,10 +108,10 @@ def _module_refusal(site: Site, view: GraphView, effects: Effects, any_mode: boo
         module = view.module(link.node)
         if module is None:
             continue
+        inner = module.modules() if module._modules else (module,)
+        reasons = (_state_refusal(each, effects, any_mode) for each in inner)
         kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
-        reason = _overridden(kind, link.step.modules)
-        for each in module.modules() if module._modules else (module,):
-            reason = reason or _state_refusal(each, effects, any_mode)
+        reason = next(filter(None, reasons), None) or _overridden(kind, link.step.modules)
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None
@@ -119,6 +119,8 @@ def _module_refusal(site: Site, view: GraphView, effects: Effects, any_mode: boo
 
 def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str | None:
     if (hook := has_hooks(module)) is not None:
+        if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
+            return "is not initialised yet; run the model once, then rewrite it"
         return f"carries {hook}, which a rewrite would bypass; remove it first"
     if _any_global_hook():
         return "is called while a global module hook is registered, which a rewrite would bypass"
@@ -130,9 +132,7 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TENSORS:
-            lazy = torch.nn.parameter.is_lazy(tensor)
-            why = "is not initialised yet; run the model once" if lazy else "is a tensor subclass"
-            return f"holds {name}, a {type(tensor).__name__}, which {why}"
+            return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
         if effects.writes_to(tensor):
             return f"holds {name}, which the model writes to in its forward"
     return None
