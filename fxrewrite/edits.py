@@ -8,16 +8,17 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from .actions import Replace
 from .declare import Call, Value
 from .matching import Link, Site
 from .view import GraphView
 
 
 def replace(
-    view: GraphView, site: Site, target: str, slot: Link | None, side: tuple[Value, ...]
+    view: GraphView, site: Site, action: Replace, target: str, slot: Link | None
 ) -> list[fx.Node]:
-    """Let the chain become one call of the module at `target`, made by the slot's node."""
-    inputs = tuple(_node_of(value) for value in side)
+    """Let the chain become one call of the new module under `target`, made by the slot's node."""
+    inputs = tuple(_node_of(value) for value in action.inputs)
     place = site.last if inputs else site.links[0].node
     if slot is None:
         with view.graph.inserting_before(place):
@@ -34,6 +35,7 @@ def replace(
         node.args = (site.input, *inputs)
     if node.kwargs:
         node.kwargs = {}
+    view.place(target, action.module)
     view.count(node, +1)
     _hand_over(view, site, [node], node)
     return [node]

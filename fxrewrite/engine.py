@@ -137,7 +137,6 @@ class Engine:
         _adopt(action.module, modules)
         if not is_own and not any(link.step.captures_call for link in site.links):
             self._shared[key] = _Placed(action, target, modules)
-        self._view.place(target, action.module)
         return self._commit(rule, site, modules, action, target)
 
     def _target(self, slot: Link | None, module: nn.Module) -> tuple[str, bool]:
@@ -167,7 +166,7 @@ class Engine:
         try:
             if isinstance(action, Replace):
                 slot = _slot(rule, site, action)
-                made = edits.replace(self._view, site, target, slot, action.inputs)
+                made = edits.replace(self._view, site, action, target, slot)
             elif isinstance(action, Call):
                 made = edits.call(self._view, site, action)
             else:

@@ -26,9 +26,9 @@ class Rule(Generic[M]):
     """
 
     name: str
-    pattern: Pattern
-    build: Callable[[M], Action]
-    guards: tuple[Guard, ...] = ()
+    pattern: Pattern = attrs.field(repr=str)
+    build: Callable[[M], Action] = attrs.field(repr=False)
+    guards: tuple[Guard, ...] = attrs.field(default=(), repr=False)
     any_mode: bool = False
     doc: str = ""
     source: str = ""
