@@ -68,7 +68,7 @@ def rewrite(
         findings = (*Engine(view, unique).run(), *out_of_reach)
         made = graph_module(view)
     names = {each.name: tuple(rule.name for rule in each.rules) for each in rule_sets}
-    report = Report(findings, names, frozenset(name for name, _ in model.named_modules()))
+    report = Report(findings, names, frozenset(view.modules))
     report.check(expect or {})
     return made, report
 
@@ -124,8 +124,9 @@ def _out_of_reach(view: GraphView, rules: Sequence[Rule[Any]]) -> list[Finding]:
                 whole = f"{describe(node, view)}, which is kept whole{because}"
                 inside.update((id(each), whole) for each in module.modules())
     findings = []
-    for name, module in view.root.named_modules():
+    for name, module in view.modules.items():
         if id(module) not in called:
+            called.add(id(module))
             for rule in rules:
                 if isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules):
                     reason = "no call of it is in the traced graph"

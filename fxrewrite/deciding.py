@@ -19,27 +19,13 @@ from .snapshot import Snapshot
 
 
 def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
-    """The action that a rule wants for a match, or the reason why a guard refuses it.
+    """The action that a rule wants for a match, or the reason why it is refused.
 
     Raises:
         RuleError: a guard or the rule raised, changed what it was given, or returned something
             that is neither. What it changed is put back first.
     """
-    held = list(_held(match))
-    before = Snapshot(
-        [each for each in held if isinstance(each, nn.Module)],
-        [each for each in held if isinstance(each, torch.Tensor)],
-    )
-    try:
-        answer = _ask(rule, match)
-    except BaseException as error:
-        before.restore()
-        if isinstance(error, Exception):
-            raise failure(rule, site, f"raised {error!r}") from error
-        raise
-    if (changed := before.difference()) is not None:
-        before.restore()
-        raise failure(rule, site, f"changed {changed}; a rule must build new modules and tensors")
+    answer = _asked(rule, site, match) if rule.pure else _watched(rule, site, match)
     if isinstance(answer, str):
         return answer
     if not isinstance(answer, Replace | Call | Bypass):
@@ -50,7 +36,7 @@ def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
         )
     if isinstance(answer, Replace) and not isinstance(answer.module, nn.Module):
         raise failure(rule, site, f"returned Replace({answer.module!r}), which is not a module")
-    return _not_finite(answer, before) or answer
+    return _not_finite(answer, match) or answer
 
 
 def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
@@ -59,15 +45,37 @@ def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
     return RuleError(f"rule {rule.name!r}{declared} at {site}: it {what}")
 
 
-def _ask(rule: Rule[Any], match: Any) -> Any:
-    for guard in rule.guards:
-        reason = guard(match)
-        if isinstance(reason, str):
-            return reason
-        if reason is not None:
-            name = getattr(guard, "__name__", repr(guard))
-            raise TypeError(f"guard {name} returned {reason!r}, not None or a reason")
-    return rule.build(match)
+def _watched(rule: Rule[Any], site: Site, match: Any) -> Any:
+    """Ask a rule and compare afterwards what it was given."""
+    held = list(_held(match))
+    before = Snapshot(
+        [each for each in held if isinstance(each, nn.Module)],
+        [each for each in held if isinstance(each, torch.Tensor)],
+    )
+    try:
+        answer = _asked(rule, site, match)
+    except BaseException:
+        before.restore()
+        raise
+    if (changed := before.difference()) is not None:
+        before.restore()
+        raise failure(rule, site, f"changed {changed}; a rule must build new modules and tensors")
+    return answer
+
+
+def _asked(rule: Rule[Any], site: Site, match: Any) -> Any:
+    """The first reason of a guard, or else what the rule returns."""
+    try:
+        for guard in rule.guards:
+            reason = guard(match)
+            if isinstance(reason, str):
+                return reason
+            if reason is not None:
+                name = getattr(guard, "__name__", repr(guard))
+                raise TypeError(f"guard {name} returned {reason!r}, not None or a reason")
+        return rule.build(match)
+    except Exception as error:
+        raise failure(rule, site, f"raised {error!r}") from error
 
 
 def _held(match: Any) -> Iterator[Any]:
@@ -82,17 +90,25 @@ def _held(match: Any) -> Iterator[Any]:
                 yield each
 
 
-def _not_finite(action: Action, before: Snapshot) -> str | None:
+def _not_finite(action: Action, match: Any) -> str | None:
     """The reason to refuse an action whose new tensors hold infinities or NaN."""
     if isinstance(action, Bypass):
         return None
-    new = [(name, each) for name, each in _tensors_of(action) if not before.holds(each)]
-    for name, tensor in new:
-        if not _is_finite(tensor):
+    broken = [(name, each) for name, each in _tensors_of(action) if not _is_finite(each)]
+    for name, tensor in broken:
+        if all(tensor is not given for given in _tensors_given(match)):
             return (
                 f"the new {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
             )
     return None
+
+
+def _tensors_given(match: Any) -> Iterator[torch.Tensor]:
+    for each in _held(match):
+        if isinstance(each, nn.Module):
+            yield from (*each.parameters(), *each.buffers())
+        elif isinstance(each, torch.Tensor):
+            yield each
 
 
 def _tensors_of(action: Replace | Call) -> Iterator[tuple[str, torch.Tensor]]:

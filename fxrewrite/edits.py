@@ -74,7 +74,7 @@ def _hand_over(view: GraphView, site: Site, made: list[fx.Node], result: fx.Node
     """Move the readers of the chain to its replacement and erase what is left of it."""
     last = site.last
     for node in made:
-        node.meta = dict(last.meta) if node is result else _provenance(last)
+        node.meta = last.meta if node is result else _provenance(last)
     if result is not last:
         last.replace_all_uses_with(result)
     for node in reversed(site.nodes):

@@ -51,7 +51,7 @@ class Engine:
         self._order: dict[fx.Node, int] = {}
         self._declined: dict[fx.Node, Finding] = {}
         self._applied: list[tuple[int, Finding]] = []
-        self._gone: set[fx.Node] = set()
+        self._pending: list[fx.Node] = []
         self._lineage: dict[fx.Node, tuple[str, ...]] = {}
         self._shared: dict[tuple[Any, ...], _Placed] = {}
 
@@ -64,15 +64,15 @@ class Engine:
 
     def _walk(self) -> bool:
         before = len(self._applied)
-        for node in list(self._view.graph.nodes):
-            pending = [node]
-            for each in pending:  # what a rule makes is looked at again before the walk goes on
-                pending += self._visit(each) or ()
+        for node in self._view.graph.nodes:
+            self._pending = [node]
+            while self._pending:  # what a rule makes is looked at again before the walk goes on
+                self._pending += reversed(self._visit(self._pending.pop()) or ())
         return len(self._applied) > before
 
     def _visit(self, node: fx.Node) -> list[fx.Node] | None:
         """Rewrite at this anchor by the first rule that may; the nodes made, or else None."""
-        rules = () if node in self._gone else self._rules_at(node)
+        rules = self._rules_at(node)
         if not rules:
             return None
         order = self._order.setdefault(node, len(self._order))
@@ -191,7 +191,11 @@ class Engine:
         for node in site.nodes:
             self._declined.pop(node, None)
             if node not in made:
-                self._gone.add(node)
+                # Nothing may keep a node that is gone: its memory serves the next one.
+                self._order.pop(node, None)
+                self._lineage.pop(node, None)
+                if node in self._pending:
+                    self._pending.remove(node)
         if lineage:
             self._lineage.update(dict.fromkeys(made, lineage))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,9 +29,10 @@ def graph_module(view: GraphView) -> fx.GraphModule:
     empty = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
     made = fx.GraphModule(nn.Module(), empty, class_name=type(root).__name__)
     made.training = root.training
-    targets = {str(n.target): n for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    for target in sorted(targets, key=lambda target: target.count(".")):
-        _install(made, targets[target], view)
+    used = {str(n.target): n for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    holders = _Holders(made, root)
+    for target in sorted(used, key=lambda target: target.count(".")):
+        _install(target, used[target], holders, view)
     for name in _HOOK_STATE:
         if root.__dict__.get(name) is not None:
             made.__dict__[name] = copy.copy(root.__dict__[name])
@@ -40,27 +42,50 @@ def graph_module(view: GraphView) -> fx.GraphModule:
     return made
 
 
-def _install(made: nn.Module, node: fx.Node, view: GraphView) -> None:
+class _Holders:
+    """The containers of the result by qualified name, each with the model's own of that name."""
+
+    def __init__(self, made: nn.Module, root: nn.Module) -> None:
+        self._known: dict[str, tuple[nn.Module, Any] | None] = {"": (made, root)}
+
+    def at(self, name: str) -> tuple[nn.Module, Any] | None:
+        """The container, made where there is none; None inside a module that stands there whole."""
+        if name not in self._known:
+            self._known[name] = self._make(*_parent_name(name))
+        return self._known[name]
+
+    def _make(self, parent: str, name: str) -> tuple[nn.Module, Any] | None:
+        outer = self.at(parent)
+        if outer is None:
+            return None
+        source = getattr(outer[1], name, None)
+        holder = outer[0]._modules.get(name)
+        if holder is not None and holder is source:
+            return None
+        if holder is None:
+            holder = nn.Module()
+            holder.training = getattr(source, "training", outer[0].training)
+            outer[0].add_module(name, holder)
+        return holder, source
+
+
+def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> None:
     """Put what a node uses under its qualified name, in containers of our own."""
-    parent, name = _parent_name(str(node.target))
-    holder, source = made, view.root
-    for part in parent.split(".") if parent else ():
-        source = getattr(source, part, None)  # type: ignore[assignment]
-        inner = holder._modules.get(part)
-        if inner is not None and inner is source:
-            return  # the model's own module stands here whole, with all that is in it
-        if inner is None:
-            inner = nn.Module()
-            inner.training = getattr(source, "training", made.training)
-            holder.add_module(part, inner)
-        holder = inner
-    value = view.module(node) if node.op == "call_module" else view.attribute(node)
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-        # What is a buffer in the model, or new, is saved; a constant of the forward never was.
-        is_new = node.target in view.placed and node.target not in view.constants
-        buffers = getattr(source, "_buffers", {})
-        unsaved = getattr(source, "_non_persistent_buffers_set", ())
-        saved = is_new or (name in buffers and name not in unsaved)
-        holder.register_buffer(name, value, persistent=saved)
-    else:
+    parent, name = _parent_name(target)
+    place = holders.at(parent)
+    if place is None:
+        return
+    holder, source = place
+    module = view.module(node)
+    if module is not None:
+        holder.add_module(name, module)
+        return
+    value = view.attribute(node)
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
         setattr(holder, name, value)
+        return
+    # What is a buffer in the model, or new, is saved; a constant of the forward never was.
+    is_new = target in view.placed and target not in view.constants
+    unsaved = getattr(source, "_non_persistent_buffers_set", ())
+    saved = is_new or (name in getattr(source, "_buffers", {}) and name not in unsaved)
+    holder.register_buffer(name, value, persistent=saved)

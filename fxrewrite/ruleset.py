@@ -30,6 +30,7 @@ class Rule(Generic[M]):
     build: Callable[[M], Action] = attrs.field(repr=False)
     guards: tuple[Guard, ...] = attrs.field(default=(), repr=False)
     any_mode: bool = False
+    pure: bool = attrs.field(default=False, repr=False)
     doc: str = ""
     source: str = ""
 
@@ -47,6 +48,7 @@ def rule(
     pattern: type[Any] | None = None,
     name: str | None = None,
     any_mode: bool = False,
+    pure: bool = False,
 ) -> Callable[[Callable[[M], Action]], Rule[M]]: ...
 def rule(
     build: Callable[[Any], Action] | None = None,
@@ -56,6 +58,7 @@ def rule(
     pattern: type[Any] | None = None,
     name: str | None = None,
     any_mode: bool = False,
+    pure: bool = False,
 ) -> Any:
     """Make a function from a match to an action a rule.
 
@@ -74,6 +77,8 @@ def rule(
         pattern: the pattern class; by default the annotation of the function's parameter.
         name: by default the function's name.
         any_mode: match modules in training mode too. By default the engine refuses those.
+        pure: take the author's word that the rule and its guards change nothing they are given.
+            By default the engine compares afterwards, which costs about as much as a fold.
 
     Raises:
         PatternError: no pattern is given, or what is given is not one.
@@ -87,6 +92,7 @@ def rule(
             build=build,
             guards=tuple(where),
             any_mode=any_mode,
+            pure=pure,
             doc=(build.__doc__ or "").strip().partition("\n")[0],
             source=source_of(build),
         )

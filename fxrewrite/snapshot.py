@@ -32,14 +32,10 @@ class Snapshot:
                     if tensor is not None:
                         held[id(tensor)] = tensor
         # A detached tensor keeps the storage when the original is given another one.
-        self._tensors = {
-            at: (tensor, data := tensor.detach(), data.clone(), tensor.requires_grad)
-            for at, tensor in held.items()
-        }
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether this very tensor is part of what was recorded."""
-        return id(tensor) in self._tensors
+        self._tensors = [
+            (tensor, data := tensor.detach(), data.clone(), tensor.requires_grad)
+            for tensor in held.values()
+        ]
 
     def difference(self) -> str | None:
         """What has changed since, in words, or None."""
@@ -50,7 +46,7 @@ class Snapshot:
             if (now or before) and (name := _changed(before, now)) is not None:
                 named = registry in ("_parameters", "_buffers", "_modules")
                 return f"{type(module).__name__}.{name if named else registry.strip('_')}"
-        for tensor, data, copy, requires_grad in self._tensors.values():
+        for tensor, data, copy, requires_grad in self._tensors:
             if tensor.requires_grad is not requires_grad or not _is_intact(tensor, data, copy):
                 return f"the {tuple(data.shape)} tensor it was given"
         return None
@@ -63,7 +59,7 @@ class Snapshot:
         for _, _, registry, before in self._registries:
             registry.clear()
             registry.update(before)
-        for tensor, data, copy, requires_grad in self._tensors.values():
+        for tensor, data, copy, requires_grad in self._tensors:
             if not _is_intact(tensor, data, copy):
                 tensor.data = data
                 data.copy_(copy)

@@ -40,6 +40,8 @@ _HARMLESS = frozenset(
 
 def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
     """Why this site must stay as it is, or None."""
+    if _any_global_hook():
+        return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return (
         _other_reader(site, view)
         or _extra_arguments(site, view)
@@ -122,8 +124,6 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
         if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
             return "is not initialised yet; run the model once, then rewrite it"
         return f"carries {hook}, which a rewrite would bypass; remove it first"
-    if _any_global_hook():
-        return "is called while a global module hook is registered, which a rewrite would bypass"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
     if module.training and not any_mode:

@@ -25,7 +25,7 @@ class GraphView:
         self.graph = graph
         self.constants = constants
         self.placed: dict[str, Any] = dict(constants)
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self._users: Counter[int] = Counter()
         self._called: Counter[str] = Counter()
         for node in graph.nodes:
@@ -36,7 +36,7 @@ class GraphView:
         if node.op != "call_module":
             return None
         target = str(node.target)
-        return self.placed.get(target) or self._modules.get(target)
+        return self.placed.get(target) or self.modules.get(target)
 
     def attribute(self, node: fx.Node) -> Any:
         """The value that a `get_attr` node reads."""
@@ -45,7 +45,7 @@ class GraphView:
             return self.placed[target]
         owner, name = _parent_name(target)
         # A path may lead through a tensor or a plain object, as `scale.T` does.
-        holder = self._modules.get(owner)
+        holder = self.modules.get(owner)
         return getattr(holder, name) if holder is not None else _walk(self.root, target)
 
     def callee(self, node: fx.Node) -> Any:
@@ -99,7 +99,7 @@ class GraphView:
         elif node.op == "get_attr":
             parts = str(node.target).split(".")
             for i in range(1, len(parts) + 1):
-                prefix = self._modules.get(".".join(parts[:i]))
+                prefix = self.modules.get(".".join(parts[:i]))
                 if prefix is not None:
                     self._use(prefix, by)
 
@@ -119,10 +119,10 @@ class _Taken:
 
     def __contains__(self, target: object) -> bool:
         view, target = self._view, str(target)
-        if target in view.placed or target in view._modules:
+        if target in view.placed or target in view.modules:
             return True
         owner, name = _parent_name(target)
-        return hasattr(view._modules.get(owner), name)
+        return hasattr(view.modules.get(owner), name)
 
 
 @functools.lru_cache(maxsize=4096)

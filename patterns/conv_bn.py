@@ -51,21 +51,23 @@ def has_running_stats(m: ConvBn) -> str | None:
 
 def same_dtype(m: ConvBn) -> str | None:
     """The types must be such that the folded convolution's result has the batch norm's type."""
-    conv, bn = m.conv.weight.dtype, {t.dtype for t in _floats(m.bn)}
+    conv, bn = m.conv.weight.dtype, {t.dtype for t in _tensors(m.bn)}
     # Torch lets a batch norm in float32 follow a convolution in half precision, and gives half.
     if bn == {conv} or (bn == {torch.float32} and conv in _HALF):
         return None
-    found = " and ".join(sorted(_short(each) for each in bn))
-    return f"the convolution is in {_short(conv)} and the batch norm in {found}"
+    found = " and ".join(sorted(str(each).removeprefix("torch.") for each in bn))
+    return f"the convolution is in {str(conv).removeprefix('torch.')} and the batch norm in {found}"
 
 
 def same_device(m: ConvBn) -> str | None:
     """All tensors must be on one device."""
-    devices = {str(t.device) for t in (m.conv.weight, *_floats(m.bn))}
-    return f"their tensors are on {' and '.join(sorted(devices))}" if len(devices) > 1 else None
+    devices = {t.device for t in (m.conv.weight, *_tensors(m.bn))}
+    if len(devices) == 1:
+        return None
+    return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
 
 
-@fxr.rule(where=[same_rank, has_running_stats, same_dtype, same_device])
+@fxr.rule(where=[same_rank, has_running_stats, same_dtype, same_device], pure=True)
 def fold_conv_bn(m: ConvBn) -> fxr.Replace:
     """Scale the weight and shift the bias as the batch norm would scale and shift the output."""
     return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(m.bn)), slot="conv")
@@ -76,7 +78,7 @@ conv_bn = fxr.RuleSet(
 )
 
 
-def _floats(bn: nn.Module) -> list[torch.Tensor]:
+def _tensors(bn: nn.Module) -> list[torch.Tensor]:
     held = (*bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"])
     return [each for each in held if each is not None]
 
@@ -87,7 +89,3 @@ def _rank(module: nn.Module) -> int:
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
