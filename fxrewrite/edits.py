@@ -79,8 +79,16 @@ def _hand_over(view: GraphView, site: Site, made: list[fx.Node], result: fx.Node
         last.replace_all_uses_with(result)
     for node in reversed(site.nodes):
         if node not in made:
-            view.count(node, -1)
-            view.graph.erase_node(node)
+            read = [each for each in node.all_input_nodes if each.op == "get_attr"]
+            _erase(view, node)
+            for attribute in read:
+                if not attribute.users:
+                    _erase(view, attribute)
+
+
+def _erase(view: GraphView, node: fx.Node) -> None:
+    view.count(node, -1)
+    view.graph.erase_node(node)
 
 
 def _provenance(node: fx.Node) -> dict[str, Any]:

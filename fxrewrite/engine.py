@@ -135,7 +135,9 @@ class Engine:
         slot = _slot(rule, site, action)
         target, is_own = self._target(slot, action.module)
         _adopt(action.module, modules)
-        if not is_own and not any(link.step.captures_call for link in site.links):
+        # Sites that differ in more than their modules may be decided differently.
+        only_modules = not any(link.step.captures_call for link in site.links)
+        if not is_own and only_modules and not rule.pattern.values:
             self._shared[key] = _Placed(action, target, modules)
         return self._commit(rule, site, modules, action, target)
 

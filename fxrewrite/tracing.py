@@ -23,7 +23,7 @@ LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj")
 
 # While FX traces, it patches nn.Module for all threads.
-_tracing = threading.Lock()
+_tracing = threading.RLock()
 
 _PLAIN_WORDS = {
     "cannot be used as inputs to control flow": "it branches on a value that only a real run has",
