@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
 _TORCH_NAME = {operator.truediv: "true_divide", operator.floordiv: "floor_divide"}
@@ -25,12 +26,17 @@ def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[st
         node: a call of a module, function or method.
         callee: the module's type, the function, or the method's name.
     """
-    for signature in _signatures(callee):
-        try:
-            bound = signature.bind(*node.args, **node.kwargs)
-        except TypeError:
-            continue
-        return _flat(signature, bound)
+    spelt = [node.args]
+    if node.op == "call_method" and len(node.args) > 1:
+        # Some methods take a list item by item: x.permute(1, 0).
+        spelt.append((node.args[0], node.args[1:]))
+    for args in spelt:
+        for signature in _signatures(callee):
+            try:
+                bound = signature.bind(*args, **node.kwargs)
+            except TypeError:
+                continue
+            return _flat(signature, bound)
     return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
 
 
@@ -54,6 +60,8 @@ def _signatures(callee: Callable[..., Any] | str | type) -> tuple[inspect.Signat
     if isinstance(callee, type):
         forward = inspect.signature(callee.forward)  # type: ignore[attr-defined]
         return (forward.replace(parameters=list(forward.parameters.values())[1:]),)
+    if (by_flag := boolean_dispatched.get(callee)) is not None:  # F.max_pool2d and its like
+        return _python_signature(by_flag["if_false"])
     if isinstance(callee, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _torch_signatures(callee)
     if getattr(callee, "__module__", None) == "_operator":

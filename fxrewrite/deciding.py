@@ -6,6 +6,7 @@ import cmath
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -26,32 +27,18 @@ def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
             that is neither. What it changed is put back first.
     """
     answer = _asked(rule, site, match) if rule.pure else _watched(rule, site, match)
-    if isinstance(answer, str):
-        return answer
-    if not isinstance(answer, Replace | Call | Bypass):
-        raise failure(
-            rule,
-            site,
-            f"returned {answer!r}, not a Replace, Call or Bypass; to decline, use a guard",
-        )
-    if isinstance(answer, Replace) and not isinstance(answer.module, nn.Module):
-        raise failure(rule, site, f"returned Replace({answer.module!r}), which is not a module")
-    return _not_finite(answer, match) or answer
+    return answer if isinstance(answer, str) else _not_finite(answer, match) or answer
 
 
 def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
     """The error for a rule that breaks its contract: which, where, and what it did."""
     declared = f" ({rule.source})" if rule.source else ""
-    return RuleError(f"rule {rule.name!r}{declared} at {site}: it {what}")
+    return RuleError(f"rule {rule.name!r}{declared} at {site}: {what}")
 
 
-def _watched(rule: Rule[Any], site: Site, match: Any) -> Any:
+def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:
     """Ask a rule and compare afterwards what it was given."""
-    held = list(_held(match))
-    before = Snapshot(
-        [each for each in held if isinstance(each, nn.Module)],
-        [each for each in held if isinstance(each, torch.Tensor)],
-    )
+    before = Snapshot(_held(match))
     try:
         answer = _asked(rule, site, match)
     except BaseException:
@@ -59,34 +46,48 @@ def _watched(rule: Rule[Any], site: Site, match: Any) -> Any:
         raise
     if (changed := before.difference()) is not None:
         before.restore()
-        raise failure(rule, site, f"changed {changed}; a rule must build new modules and tensors")
+        raise failure(
+            rule, site, f"it changed {changed}; a rule must build new modules and tensors"
+        )
     return answer
 
 
-def _asked(rule: Rule[Any], site: Site, match: Any) -> Any:
+def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
     """The first reason of a guard, or else what the rule returns."""
-    try:
-        for guard in rule.guards:
+    for guard in rule.guards:
+        name = getattr(guard, "__name__", repr(guard))
+        try:
             reason = guard(match)
-            if isinstance(reason, str):
-                return reason
-            if reason is not None:
-                name = getattr(guard, "__name__", repr(guard))
-                raise TypeError(f"guard {name} returned {reason!r}, not None or a reason")
-        return rule.build(match)
+        except Exception as error:
+            raise failure(rule, site, f"its guard {name} raised {error!r}") from error
+        if isinstance(reason, str):
+            return reason
+        if reason is not None:
+            raise failure(rule, site, f"its guard {name} returned {reason!r}, not None or a reason")
+    try:
+        action = rule.build(match)
     except Exception as error:
-        raise failure(rule, site, f"raised {error!r}") from error
+        raise failure(rule, site, f"it raised {error!r}") from error
+    if not isinstance(action, Replace | Call | Bypass):
+        raise failure(
+            rule,
+            site,
+            f"it returned {action!r}, not a Replace, Call or Bypass; to decline, use a guard",
+        )
+    if isinstance(action, Replace) and not isinstance(action.module, nn.Module):
+        raise failure(rule, site, f"it returned Replace({action.module!r}), which is not a module")
+    return action
 
 
 def _held(match: Any) -> Iterator[Any]:
     """The modules and tensors that a match gives to a rule."""
-    for name in type(match).__slots__:
-        captured = getattr(match, name, None)
+    for field in attrs.fields(type(match)):
+        captured = getattr(match, field.name)
         for each in captured if isinstance(captured, tuple) else (captured,):
             if isinstance(each, Call):
                 yield each.function
                 yield from pytree.tree_leaves(each.kwargs)
-            elif each is not None:
+            else:
                 yield each
 
 

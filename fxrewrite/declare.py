@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import sys
 import types
 import typing
@@ -43,14 +44,15 @@ class Call:
 
     Returned by a rule, the chain becomes what `function(x, *args, **kwargs)` does to the chain's
     input `x`. The function is traced, so each torch function that it calls becomes a node, and
-    each tensor among the arguments becomes an attribute of the rewritten model.
+    each tensor among the arguments becomes an attribute of the rewritten model. A captured call
+    that is returned is made again, reading the chain's input.
 
     >>> from torch.nn import functional as F
     >>> Call(F.leaky_relu, negative_slope=0.1).kwargs
     {'negative_slope': 0.1}
     """
 
-    __slots__ = ("args", "function", "kwargs", "takes")
+    __slots__ = ("args", "function", "kwargs", "node", "takes")
 
     def __init__(self, function: Any, /, *args: Any, **kwargs: Any) -> None:
         """Of a function with the arguments that follow the chain's value."""
@@ -58,12 +60,15 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.takes: str | None = None
+        self.node: fx.Node | None = None
 
     @classmethod
-    def captured(cls, function: Any, kwargs: dict[str, Any], takes: str) -> Call:
+    def captured(
+        cls, function: Any, kwargs: dict[str, Any], takes: str, node: fx.Node | None = None
+    ) -> Call:
         """What the engine puts into a match, and a test may too: `takes` is the chain's way in."""
         call = cls(function)
-        call.kwargs, call.takes = kwargs, takes
+        call.kwargs, call.takes, call.node = kwargs, takes, node
         return call
 
     def __repr__(self) -> str:
@@ -229,8 +234,15 @@ def source_of(declared: Any) -> str:
 
 def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) -> type[Any]:
     hints = annotations_of(cls, local_names)
+    for name in hints:
+        if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
+            raise PatternError(f"{cls.__name__}: no step can be named {name!r}")
+    inherited = {step.name: step for base in cls.__mro__[:0:-1] for step in _steps_of(base)}
+    own = inspect.get_annotations(cls)
     steps = tuple(
         _step(cls, name, hint, cls.__dict__.get(name))
+        if name in own or name not in inherited
+        else inherited[name]
         for name, hint in hints.items()
         if hint is not Value
     )
@@ -241,12 +253,12 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     if anchor is not None and index.get(anchor) not in required:
         always = ", ".join(steps[i].name for i in required)
         raise PatternError(f"{cls.__name__}: anchor={anchor!r} is none of its steps {always}")
-    fields = {name: attrs.field() for name in hints}
-    fields.update(
-        (step.name, attrs.field(default=() if step.repeats else None))
-        for step in steps
-        if step.optional
-    )
+    # attrs would strip the underscore of a private name from the constructor's argument.
+    fields = {name: attrs.field(alias=name) for name in hints}
+    for step in steps:
+        if step.optional:
+            default = () if step.repeats else None
+            fields[step.name] = attrs.field(default=default, alias=step.name)
     made = attrs.define(cls, these=fields, frozen=True, slots=True, kw_only=True, eq=False)
     at = required[-1] if anchor is None else index[anchor]
     names = list(hints)
@@ -257,6 +269,11 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     )
     made.__fxrewrite_pattern__ = Pattern(made, steps, at, values)
     return made
+
+
+def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
+    declared = cls.__dict__.get("__fxrewrite_pattern__")
+    return declared.steps if isinstance(declared, Pattern) else ()
 
 
 def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
@@ -289,7 +306,7 @@ def _sorted_targets(where: str, targets: tuple[Any, ...]) -> tuple[Any, Any, Any
     methods = tuple(t for t in targets if isinstance(t, str))
     functions = tuple(t for t in targets if t not in modules and t not in methods)
     for function in functions:
-        if not callable(function) or isinstance(function, type):
+        if not callable(function) or isinstance(function, type | nn.Module):
             raise PatternError(
                 f"{where}: call() takes module types, functions and method names, not {function!r}"
             )

@@ -4,86 +4,119 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from .actions import Replace
+from .actions import Action, Bypass, Replace
 from .declare import Call, Value
 from .matching import Link, Site
 from .view import GraphView
 
 
-def replace(
-    view: GraphView, site: Site, action: Replace, target: str, slot: Link | None
-) -> list[fx.Node]:
-    """Let the chain become one call of the new module under `target`, made by the slot's node."""
-    inputs = tuple(_node_of(value) for value in action.inputs)
-    place = site.last if inputs else site.links[0].node
-    if slot is None:
+@attrs.frozen(eq=False)
+class Made:
+    """What an action puts in a chain's place: its nodes, where they stand, and the new output."""
+
+    nodes: tuple[fx.Node, ...]
+    place: fx.Node
+    result: fx.Node
+
+
+def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> Made:
+    """Make what the action asks for beside the chain, which is still as it was.
+
+    A new module's call takes over the slot's node when it is carried out, so nothing is made for
+    it here where there is a slot.
+
+    Raises:
+        TypeError: a Call's function returns something other than one value of the graph.
+    """
+    first = site.links[0].node
+    if isinstance(action, Bypass):
+        return Made((), first, site.input)
+    if isinstance(action, Replace):
+        place = site.last if action.inputs else first
+        if slot is not None:
+            return Made((), place, slot.node)
         with view.graph.inserting_before(place):
-            node = view.graph.create_node("call_module", target)
-    else:
-        node = slot.node
+            node = view.graph.create_node("call_module", "")
+        return Made((node,), place, node)
+    if action.node is not None:
+        return _made_again(view, site, action.node)
+    place = site.last if _Speller.reads_values(action) else first
+    before = place.prev
+    tracer = _Speller(view, site)
+    with view.graph.inserting_before(place):
+        args = tracer.lift((site.input, *action.args))
+        result = action.function(*args, **tracer.lift(action.kwargs))
+    made = []
+    while before.next is not place:
+        before = before.next
+        made.append(before)
+        view.count(before, +1)
+    if not isinstance(result, fx.Proxy):
+        raise TypeError(f"the function of its Call returned a {type(result).__name__}, not a value")
+    return Made(tuple(made), place, result.node)
+
+
+def discard(view: GraphView, made: Made) -> None:
+    """Take back what was prepared."""
+    for node in reversed(made.nodes):
+        _erase(view, node)
+
+
+def call_module(view: GraphView, site: Site, made: Made, target: str, action: Replace) -> None:
+    """Let a prepared node call the new module under this name, on the chain's input."""
+    node = made.result
+    inputs = tuple(_node_of(view, value) for value in action.inputs)
+    if node not in made.nodes:
         view.count(node, -1)
-        if node.target != target:
-            node.target = target
-        if node is not place:
-            place.prepend(node)
+        if node is not made.place:
+            made.place.prepend(node)
     # What FX keeps up to date on assignment is not cheap, and most sites need none of it.
+    if node.target != target:
+        node.target = target
     if node.args != (site.input, *inputs):
         node.args = (site.input, *inputs)
     if node.kwargs:
         node.kwargs = {}
     view.place(target, action.module)
     view.count(node, +1)
-    _hand_over(view, site, [node], node)
-    return [node]
 
 
-def call(view: GraphView, site: Site, action: Call) -> list[fx.Node]:
-    """Let the chain become the nodes that the action's function spells, and return them.
-
-    Raises:
-        TypeError: the function returns something other than one value of the graph.
-    """
-    tracer = _Speller(view, site)
-    place = site.last if tracer.reads_side_inputs(action) else site.links[0].node
-    before = place.prev
-    with view.graph.inserting_before(place):
-        args = tracer.lift((site.input, *action.args))
-        result = action.function(*args, **tracer.lift(action.kwargs))
-    if not isinstance(result, fx.Proxy):
-        raise TypeError(f"the function of its Call returned a {type(result).__name__}, not a value")
-    made = []
-    while before.next is not place:
-        before = before.next
-        made.append(before)
-        view.count(before, +1)
-    _hand_over(view, site, made, result.node)
-    return made
-
-
-def bypass(view: GraphView, site: Site) -> list[fx.Node]:
-    """Let whoever reads the chain's output read its input."""
-    _hand_over(view, site, [], site.input)
-    return []
-
-
-def _hand_over(view: GraphView, site: Site, made: list[fx.Node], result: fx.Node) -> None:
-    """Move the readers of the chain to its replacement and erase what is left of it."""
-    last = site.last
-    for node in made:
-        node.meta = last.meta if node is result else _provenance(last)
+def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
+    """Move the readers of the chain to what was made, and erase what is left of the chain."""
+    last, result = site.last, made.result
+    if result is not site.input:
+        for node in made.nodes:
+            node.meta = _provenance(last)
+        result.meta = last.meta
     if result is not last:
         last.replace_all_uses_with(result)
     for node in reversed(site.nodes):
-        if node not in made:
+        if node is not result:
             read = [each for each in node.all_input_nodes if each.op == "get_attr"]
             _erase(view, node)
             for attribute in read:
                 if not attribute.users:
                     _erase(view, attribute)
+    return list(made.nodes) or [each for each in site.nodes if each is result]
+
+
+def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:
+    """The same call once more, reading the chain's input where it read the chain."""
+    source = next(link.source for link in site.links if link.node is node)
+
+    def moved(each: fx.Node) -> fx.Node:
+        return site.input if each is source else each
+
+    with view.graph.inserting_before(node):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), moved)
+        again = view.graph.create_node(node.op, node.target, args, kwargs)
+    view.count(again, +1)
+    return Made((again,), node, again)
 
 
 def _erase(view: GraphView, node: fx.Node) -> None:
@@ -96,10 +129,11 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
 
 
-def _node_of(value: Value) -> fx.Node:
-    if not isinstance(value, Value) or value.node is None:
+def _node_of(view: GraphView, value: Value) -> fx.Node:
+    known = value.node if isinstance(value, Value) else None
+    if known is None or known.graph is not view.graph:
         raise TypeError(f"expected a Value that this match captured, found {value!r}")
-    return value.node
+    return known
 
 
 class _Speller(GraphAppendingTracer):
@@ -111,7 +145,7 @@ class _Speller(GraphAppendingTracer):
         self._base = f"{site.last.name}_constant"
 
     @staticmethod
-    def reads_side_inputs(action: Call) -> bool:
+    def reads_values(action: Call) -> bool:
         leaves = torch.utils._pytree.tree_leaves((action.args, action.kwargs))
         return any(isinstance(leaf, Value) for leaf in leaves)
 
@@ -121,7 +155,7 @@ class _Speller(GraphAppendingTracer):
 
     def _lift_leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
-            leaf = _node_of(leaf)
+            leaf = _node_of(self._view, leaf)
         if isinstance(leaf, torch.Tensor):
             leaf = self._constant(leaf)
         return self.proxy(leaf) if isinstance(leaf, fx.Node) else leaf

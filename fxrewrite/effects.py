@@ -18,6 +18,8 @@ _IN_PLACE_OPERATORS = {
     if name.startswith("i") and hasattr(operator, f"__{name}__")
 } | {operator.setitem}
 
+_IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
+
 # What is listed here always returns new storage; of anything else that is not assumed.
 _FRESH_MODULES = {
     f"torch.nn.modules.{family}"
@@ -80,15 +82,15 @@ class Effects:
             seen.update(sources)
         return seen
 
-    def later_write(self, value: fx.Node) -> fx.Node | None:
-        """A node that writes to this value or to what may be a view of it, if there is one."""
+    def later_write(self, value: fx.Node, after: fx.Node) -> fx.Node | None:
+        """A node after another that writes to this value, or to what may be a view of it."""
         if not self._live:
             return None
         pending, seen = [value], {value}
         while pending:
             node = pending.pop()
             for reader in node.users:
-                if node in written_by(reader, self._view):
+                if after < reader and node in written_by(reader, self._view):
                     return reader
                 if reader not in seen and not is_fresh(reader, self._view):
                     seen.add(reader)
@@ -100,9 +102,7 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
     """The values that a node writes to in place."""
     target = node.target
     if node.op == "call_module":
-        module = view.module(node)
-        in_place = module is not None and module.__dict__.get("inplace") is True
-        return node.all_input_nodes[:1] if in_place else []
+        return node.all_input_nodes[:1] if writes_in_place(view.module(node)) else []
     if node.op == "call_method":
         return node.all_input_nodes[:1] if _is_in_place_name(str(target)) else []
     if node.op != "call_function":
@@ -122,13 +122,30 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
 def is_fresh(node: fx.Node, view: GraphView) -> bool:
     """Whether a node's output is sure to share no storage with its inputs."""
     if node.op == "call_module":
-        module = view.module(node)
-        known = type(module).__module__ in _FRESH_MODULES and not isinstance(module, nn.Identity)
-        return known and not written_by(node, view)
+        return is_fresh_module(view.module(node))
     if node.op == "call_function":
         known = _base_name(node.target) in _FRESH_CALLS and _is_torch(node.target)
         return known and not written_by(node, view)
     return node.op != "call_method" or node.target in _FRESH_CALLS
+
+
+def is_fresh_module(module: nn.Module | None) -> bool:
+    """Whether a module's output is sure to share no storage with its input."""
+    known = type(module).__module__ in _FRESH_MODULES and not isinstance(module, nn.Identity)
+    return known and not writes_in_place(module)
+
+
+def hands_on(module: nn.Module | None) -> bool:
+    """Whether a module in eval mode is sure to return its very input."""
+    return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+
+
+def writes_in_place(module: nn.Module | None) -> bool:
+    """Whether a module, or one in it, says that it writes to its input."""
+    if module is None:
+        return False
+    inner = module.modules() if module._modules else (module,)
+    return any(each.__dict__.get("inplace") is True for each in inner)
 
 
 def _base_name(function: Any) -> str:
@@ -150,7 +167,7 @@ def _mutable_arguments(overload: torch._ops.OpOverload) -> tuple[str, ...]:
 
 
 def _is_in_place_name(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
 
 
 @functools.lru_cache(maxsize=4096)

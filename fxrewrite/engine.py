@@ -9,15 +9,14 @@ import attrs
 from torch import fx, nn
 
 from . import edits
-from .actions import Action, Bypass, Replace
+from .actions import Action, Replace
 from .deciding import decide, failure
-from .declare import Call
 from .effects import Effects
 from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
 from .modules import is_parametrized
 from .report import Finding
 from .ruleset import Rule
-from .soundness import bypass_refusal, refusal
+from .soundness import action_refusal, refusal
 from .view import GraphView
 
 # How often rules may rewrite what rules made, before they are taken to feed each other forever.
@@ -121,25 +120,36 @@ class Engine:
         modules = tuple([self._view.module(link.node) for link in site.links])
         key = (rule, *map(id, modules))
         shared = self._shared.get(key)
-        if shared is not None:
-            return self._commit(rule, site, modules, shared.action, shared.target)
-        action = decide(rule, site, capture(site, self._view))
-        if isinstance(action, str):
-            return action
-        if isinstance(action, Bypass):
-            reason = bypass_refusal(site, self._view, self._effects)
-            if reason is not None:
-                return reason
-        if not isinstance(action, Replace):
-            return self._commit(rule, site, modules, action, "")
-        slot = _slot(rule, site, action)
-        target, is_own = self._target(slot, action.module)
-        _adopt(action.module, modules)
-        # Sites that differ in more than their modules may be decided differently.
-        only_modules = not any(link.step.captures_call for link in site.links)
-        if not is_own and only_modules and not rule.pattern.values:
-            self._shared[key] = _Placed(action, target, modules)
-        return self._commit(rule, site, modules, action, target)
+        decided = shared.action if shared else decide(rule, site, capture(site, self._view))
+        if isinstance(decided, str):
+            return decided
+        slot = _slot(rule, site, decided)
+        try:
+            made = edits.prepare(self._view, site, decided, slot)
+        except Exception as error:
+            raise failure(rule, site, f"it asked for what can't be made: {error}") from error
+        reason = action_refusal(site, self._view, self._effects, decided, made)
+        if reason is not None:
+            edits.discard(self._view, made)
+            return reason
+        target = ""
+        if isinstance(decided, Replace):
+            target, is_own = self._target(slot, decided.module)
+            if shared:
+                target = shared.target
+            # Sites that differ in more than their modules may be decided differently.
+            only_modules = not any(link.step.captures_call for link in site.links)
+            if not is_own and only_modules and not rule.pattern.values:
+                self._shared[key] = _Placed(decided, target, modules)
+            self._adopt(decided.module, modules)
+        return self._commit(rule, site, modules, decided, made, target)
+
+    def _adopt(self, module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
+        """Give a new module the mode of those it replaces."""
+        training = any(old.training for old in matched if old is not None)
+        for each in module.modules():
+            if each.training != training and id(each) not in self._view.ids:
+                each.training = training
 
     def _target(self, slot: Link | None, module: nn.Module) -> tuple[str, bool]:
         """The name for a new module, and whether it is the slot's own."""
@@ -156,6 +166,7 @@ class Engine:
         site: Site,
         modules: tuple[nn.Module | None, ...],
         action: Action,
+        made: edits.Made,
         target: str,
     ) -> _Rewritten:
         notes = tuple(
@@ -167,18 +178,14 @@ class Engine:
             self._effects.forget(node)
         try:
             if isinstance(action, Replace):
-                slot = _slot(rule, site, action)
-                made = edits.replace(self._view, site, action, target, slot)
-            elif isinstance(action, Call):
-                made = edits.call(self._view, site, action)
-            else:
-                made = edits.bypass(self._view, site)
+                edits.call_module(self._view, site, made, target, action)
+            nodes = edits.hand_over(self._view, site, made)
         except Exception as error:
-            raise failure(rule, site, f"asked for what can't be made: {error}") from error
-        for node in made:
+            raise failure(rule, site, f"it asked for what can't be made: {error}") from error
+        for node in nodes:
             self._effects.note(node)
-        self._pass_on(rule, site, made)
-        return _Rewritten(made, target or ", ".join(node.name for node in made), notes)
+        self._pass_on(rule, site, nodes)
+        return _Rewritten(nodes, target or ", ".join(node.name for node in nodes), notes)
 
     def _pass_on(self, rule: Rule[Any], site: Site, made: list[fx.Node]) -> None:
         """Settle what was known of the chain's nodes, and bound how often rules feed each other."""
@@ -188,7 +195,7 @@ class Engine:
         if len(lineage) > MAX_GENERATIONS:
             names = ", ".join(sorted(set(lineage)))
             raise failure(
-                rule, site, f"never comes to an end; these rules feed each other: {names}"
+                rule, site, f"it never comes to an end; these rules feed each other: {names}"
             )
         for node in site.nodes:
             self._declined.pop(node, None)
@@ -202,24 +209,15 @@ class Engine:
             self._lineage.update(dict.fromkeys(made, lineage))
 
 
-def _slot(rule: Rule[Any], site: Site, action: Replace) -> Link | None:
+def _slot(rule: Rule[Any], site: Site, action: Action) -> Link | None:
     """The link whose node and name a new module takes over, if the chain has such a one."""
+    if not isinstance(action, Replace):
+        return None
     calls_module = [link for link in site.links if link.node.op == "call_module"]
     if action.slot is None:
         return calls_module[0] if calls_module else None
     named = [link for link in site.links if link.step.name == action.slot]
     if not named:
         steps = ", ".join(step for step, _ in site.steps)
-        raise failure(rule, site, f"named the slot {action.slot!r}; this match has {steps}")
+        raise failure(rule, site, f"it named the slot {action.slot!r}; this match has {steps}")
     return named[0] if named[0] in calls_module else None
-
-
-def _adopt(module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
-    """Give a new module the mode of those it replaces."""
-    training = any(old.training for old in matched if old is not None)
-    others = [each for each in module.modules() if each.training != training]
-    if others:
-        known = {id(each) for old in matched if old is not None for each in old.modules()}
-        for each in others:
-            if id(each) not in known:
-                each.training = training

@@ -114,35 +114,79 @@ class Matcher:
         if i < 0:
             return [_link(step, node, inputs, 0)] if inputs else None
         wanted = self.pattern.steps[i]
+        if wanted.repeats:
+            return self._repeated(i, step, node)
         for at, (_, producer) in enumerate(inputs):
             if accepts(wanted, producer, self.view):
-                links = self._upstream(i if wanted.repeats else i - 1, wanted, producer)
+                links = self._upstream(i - 1, wanted, producer)
                 if links is not None:
                     links.append(_link(step, node, inputs, at))
                     return links
         if wanted.optional:
             return self._upstream(i - 1, step, node)
-        self._note(i, node, [producer for _, producer in inputs], upstream=True)
+        self._note(i, node, [describe(each, self.view) for _, each in inputs], upstream=True)
         return None
+
+    def _repeated(self, i: int, step: Step, node: fx.Node) -> list[Link] | None:
+        """As `_upstream`, where step `i` may come any number of times: the most that fit."""
+        wanted = self.pattern.steps[i]
+        run: list[Link] = []
+        while True:
+            inputs = self._inputs(step, node)
+            fits = (at for at, (_, each) in enumerate(inputs) if accepts(wanted, each, self.view))
+            at = next(fits, None)
+            if at is None:
+                break
+            run.append(_link(step, node, inputs, at))
+            step, node = wanted, run[-1].source
+        while (links := self._upstream(i - 1, step, node)) is None and run:
+            last = run.pop()
+            step, node = last.step, last.node
+        return None if links is None else [*links, *reversed(run)]
 
     def _downstream(self, i: int, node: fx.Node) -> list[Link] | None:
         """The links of steps `i..` that follow this node."""
         if i == len(self.pattern.steps):
             return []
         wanted = self.pattern.steps[i]
+        if wanted.repeats:
+            return self._repeated_downstream(i, node)
         # A step that may be absent is not worth a second reader, which would refuse the chain.
-        readers = list(node.users) if not wanted.optional or len(node.users) == 1 else []
-        for reader in readers:
+        if not wanted.optional or len(node.users) == 1:
+            for link in self._readers(wanted, node):
+                links = self._downstream(i + 1, link.node)
+                if links is not None:
+                    return [link, *links]
+        if wanted.optional:
+            return self._downstream(i + 1, node)
+        found = [
+            describe(each, self.view)
+            + (" by another argument" if accepts(wanted, each, self.view) else "")
+            for each in node.users
+        ]
+        self._note(i, node, found, upstream=False)
+        return None
+
+    def _repeated_downstream(self, i: int, node: fx.Node) -> list[Link] | None:
+        run: list[Link] = []
+        at = node
+        while len(at.users) == 1 and (following := self._readers(self.pattern.steps[i], at)):
+            run.append(following[0])
+            at = following[0].node
+        while (links := self._downstream(i + 1, at)) is None and run:
+            at = run.pop().source
+        return None if links is None else [*run, *links]
+
+    def _readers(self, wanted: Step, node: fx.Node) -> list[Link]:
+        """The links of those readers of a node that are the wanted step, by the right argument."""
+        links = []
+        for reader in node.users:
             if accepts(wanted, reader, self.view):
                 inputs = self._inputs(wanted, reader)
                 at = next((at for at, (_, value) in enumerate(inputs) if value is node), None)
-                links = self._downstream(i if wanted.repeats else i + 1, reader)
-                if at is not None and links is not None:
-                    return [_link(wanted, reader, inputs, at), *links]
-        if wanted.optional:
-            return self._downstream(i + 1, node)
-        self._note(i, node, list(node.users), upstream=False)
-        return None
+                if at is not None:
+                    links.append(_link(wanted, reader, inputs, at))
+        return links
 
     def _inputs(self, step: Step, node: fx.Node) -> list[tuple[str, fx.Node]]:
         """The arguments by which a chain may enter this node."""
@@ -151,14 +195,14 @@ class Matcher:
             return inputs[:1]
         if step.chain is not None:
             return [entry for entry in inputs if entry[0] == step.chain]
-        return inputs
+        # A chain starts from a value rather than from a parameter.
+        return sorted(inputs, key=lambda entry: entry[1].op == "get_attr")
 
-    def _note(self, step: int, node: fx.Node, found: list[fx.Node], *, upstream: bool) -> None:
+    def _note(self, step: int, node: fx.Node, found: list[str], *, upstream: bool) -> None:
         depth = abs(step - self.pattern.anchor)
         if self.miss is None or depth > self.miss.depth:
-            there = tuple(describe(each, self.view) for each in found[:3])
             beside = "" if node is self.anchor else describe(node, self.view)
-            self.miss = Miss(self.pattern, step, upstream, beside, there, depth)
+            self.miss = Miss(self.pattern, step, upstream, beside, tuple(found[:3]), depth)
 
 
 def _link(step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
@@ -225,7 +269,8 @@ def _captured(link: Link, view: GraphView) -> Any:
         for name, value in view.arguments(link.node).items()
         if name != link.takes
     }
-    return Call.captured(link.node.target if plain is None else plain, kwargs, link.takes)
+    function = link.node.target if plain is None else plain
+    return Call.captured(function, kwargs, link.takes, link.node)
 
 
 def _resolved(node: fx.Node, view: GraphView) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias
@@ -33,7 +34,10 @@ def register(rule_set: RuleSet) -> RuleSet:
     known = _registered.get(rule_set.name)
     if known is not None and known is not rule_set:
         raise ValueError(f"a rule set named {rule_set.name!r} is registered already")
-    if known is None and rule_set.name in _installed():
+    installed = _installed().get(rule_set.name)
+    # The module that ships a set may register it as well.
+    caller = sys._getframe(1).f_globals.get("__name__")
+    if known is None and installed is not None and installed.module != caller:
         raise ValueError(f"a rule set named {rule_set.name!r} is installed already")
     return _registered.setdefault(rule_set.name, rule_set)
 

@@ -84,13 +84,16 @@ def rule(
         PatternError: no pattern is given, or what is given is not one.
     """
     caller = sys._getframe(1).f_locals
+    guards = tuple(where) if isinstance(where, Iterable) else (where,)
+    if not isinstance(where, Iterable) or not all(map(callable, guards)):
+        raise PatternError(f"where= takes a list of guards, which are functions; found {where!r}")
 
     def declare(build: Callable[[Any], Action]) -> Rule[Any]:
         return Rule(
             name=name or build.__name__,
             pattern=pattern_of(pattern or _annotated_pattern(build, caller)),
             build=build,
-            guards=tuple(where),
+            guards=guards,
             any_mode=any_mode,
             pure=pure,
             doc=(build.__doc__ or "").strip().partition("\n")[0],
@@ -112,8 +115,8 @@ def _annotated_pattern(build: Callable[[Any], Action], local_names: dict[str, An
     return annotated
 
 
-def _as_tuple(rules: Iterable[Rule[Any]]) -> tuple[Rule[Any], ...]:
-    return tuple(rules)
+def _as_tuple(rules: Any) -> Any:
+    return tuple(rules) if isinstance(rules, Iterable) else rules
 
 
 @attrs.frozen(eq=False)
@@ -129,7 +132,9 @@ class RuleSet:
     doc: str = attrs.field(default="", kw_only=True)
 
     @rules.validator
-    def _check(self, _: Any, rules: tuple[Any, ...]) -> None:
+    def _check(self, _: Any, rules: Any) -> None:
+        if not isinstance(rules, tuple):
+            raise PatternError(f"rule set {self.name!r}: expected a list of rules, found {rules!r}")
         for each in rules:
             if not isinstance(each, Rule):
                 raise PatternError(f"rule set {self.name!r}: expected rules, found {each!r}")

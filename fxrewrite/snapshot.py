@@ -1,4 +1,4 @@
-"""Holds a rule to its promise: what it is given is compared afterwards, and put back."""
+"""The state of a model's parts at one moment, to compare with later and to put back."""
 
 from __future__ import annotations
 
@@ -10,60 +10,69 @@ import torch
 from torch import nn
 
 _ABSENT = object()
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class Snapshot:
-    """The state of some modules and tensors at one moment: attributes, and what tensors hold."""
+    """All that is reached from some modules and tensors, down to what tensors hold.
 
-    # Every site pays for this twice, so the records are plain tuples.
-    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor] = ()) -> None:
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        # Parameters, buffers, hooks and children live in dicts and sets, which change in place.
-        self._registries: list[tuple[nn.Module, str, Any, Any]] = []
-        held = {id(tensor): tensor for tensor in tensors}
-        for module in modules:
-            for each in module.modules() if module._modules else (module,):
-                self._attributes.append((each, each.__dict__.copy()))
-                for name, value in each.__dict__.items():
-                    if isinstance(value, (dict, set)):
-                        before = value.copy() if value else ()
-                        self._registries.append((each, name, value, before))
-                for tensor in (*each._parameters.values(), *each._buffers.values()):
-                    if tensor is not None:
-                        held[id(tensor)] = tensor
-        # A detached tensor keeps the storage when the original is given another one.
-        self._tensors = [
-            (tensor, data := tensor.detach(), data.clone(), tensor.requires_grad)
-            for tensor in held.values()
-        ]
+    It holds a rule to its promise to change nothing that it is given.
+    """
+
+    def __init__(self, things: Iterable[Any]) -> None:
+        self._classes: list[tuple[str, nn.Module, type[nn.Module]]] = []
+        self._containers: list[tuple[str, Any, Any]] = []
+        self._tensors: list[tuple[str, _Tensor]] = []
+        self._seen: dict[int, Any] = {}
+        for each in things:
+            self._visit(type(each).__name__, each)
+
+    def _visit(self, name: str, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        if isinstance(value, nn.Module):
+            self._classes.append((name, value, type(value)))
+            inner: Iterable[tuple[Any, Any]] = [("", value.__dict__)]
+        elif isinstance(value, torch.Tensor):
+            self._tensors.append((name, _Tensor(value)))
+            inner = [("", value.__dict__), ("grad", value.grad)]
+        elif isinstance(value, dict | list | set):
+            self._containers.append((name, value, value.copy()))
+            inner = value.items() if isinstance(value, dict) else [("", each) for each in value]
+        elif isinstance(value, tuple):
+            inner = [("", each) for each in value]
+        else:
+            return
+        self._seen[id(value)] = value
+        for key, each in inner:
+            shown = "" if key in _REGISTRIES else str(key)
+            self._visit(f"{name}.{shown}".rstrip("."), each)
 
     def difference(self) -> str | None:
         """What has changed since, in words, or None."""
-        for module, before in self._attributes:
-            if (name := _changed(before, module.__dict__)) is not None:
-                return f"{type(module).__name__}.{name}"
-        for module, registry, now, before in self._registries:
-            if (now or before) and (name := _changed(before, now)) is not None:
-                named = registry in ("_parameters", "_buffers", "_modules")
-                return f"{type(module).__name__}.{name if named else registry.strip('_')}"
-        for tensor, data, copy, requires_grad in self._tensors:
-            if tensor.requires_grad is not requires_grad or not _is_intact(tensor, data, copy):
-                return f"the {tuple(data.shape)} tensor it was given"
+        for name, module, kind in self._classes:
+            if type(module) is not kind:
+                return f"the class of {name}"
+        for name, now, before in self._containers:
+            if (key := _changed(before, now)) is not None:
+                return f"{name}.{key}".removesuffix(".")
+        for name, tensor in self._tensors:
+            if tensor.differs():
+                return f"the tensor {name}"
         return None
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        for module, before in self._attributes:
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for _, _, registry, before in self._registries:
-            registry.clear()
-            registry.update(before)
-        for tensor, data, copy, requires_grad in self._tensors:
-            if not _is_intact(tensor, data, copy):
-                tensor.data = data
-                data.copy_(copy)
-            tensor.requires_grad_(requires_grad)
+        for _, module, kind in self._classes:
+            object.__setattr__(module, "__class__", kind)
+        for _, now, before in self._containers:
+            now.clear()
+            if isinstance(now, list):
+                now.extend(before)
+            else:
+                now.update(before)
+        for _, tensor in self._tensors:
+            tensor.restore()
 
 
 class ModelState:
@@ -77,7 +86,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module, *, buffers: bool) -> None:
         self._registries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-        self._tensors: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._tensors: list[tuple[str, _Tensor]] = []
         for name, module in model.named_modules():
             for registry in (module.__dict__, module._buffers, module._modules):
                 if registry:
@@ -90,8 +99,7 @@ class ModelState:
     def _hold(self, name: str, registry: dict[str, Any]) -> None:
         for key, value in registry.items():
             if isinstance(value, torch.Tensor):
-                data = value.detach()
-                self._tensors.append((f"{name}.{key}".strip("."), value, data, data.clone()))
+                self._tensors.append((f"{name}.{key}".strip("."), _Tensor(value)))
 
     def restore(self) -> str | None:
         """Put everything back, and name the first thing that was changed."""
@@ -101,33 +109,67 @@ class ModelState:
                 found = found or f"{name}.{key}".strip(".")
                 registry.clear()
                 registry.update(before)
-        for name, tensor, data, copy in self._tensors:
-            if not _is_intact(tensor, data, copy):
+        for name, tensor in self._tensors:
+            if tensor.differs():
                 found = found or name
-                tensor.data = data
-                data.copy_(copy)
+                tensor.restore()
         return found
+
+
+class _Tensor:
+    """A tensor with its storage, geometry, content, gradient and hooks of one moment."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.requires_grad, self.grad = tensor.requires_grad, tensor.grad
+        self.hooks = tensor._backward_hooks
+        self.hooked = dict(self.hooks or {})
+        # A detached tensor keeps the storage when the original is given another one.
+        self.data = tensor.detach()
+        self.geometry = (self.data.shape, self.data.stride(), self.data.dtype)
+        self.copy = self.data.clone()
+
+    def differs(self) -> bool:
+        now = self.tensor
+        if now.requires_grad is not self.requires_grad or now.grad is not self.grad:
+            return True
+        if now._backward_hooks is not self.hooks or dict(self.hooks or {}) != self.hooked:
+            return True
+        if (now.shape, now.stride(), now.dtype) != self.geometry:
+            return True
+        if now.is_meta:
+            return False
+        same_place = now.data_ptr() == self.data.data_ptr()
+        return not same_place or not torch.equal(_bytes(now), _bytes(self.copy))
+
+    def restore(self) -> None:
+        if not self.differs():
+            return
+        shape, stride, _ = self.geometry
+        self.tensor.data = self.data.as_strided(shape, stride)
+        self.tensor.data.copy_(self.copy)
+        self.tensor.requires_grad_(self.requires_grad)
+        self.tensor.grad = self.grad
+        if self.hooks is not None:
+            self.hooks.clear()
+            self.hooks.update(self.hooked)
+        self.tensor._backward_hooks = self.hooks
 
 
 def _changed(before: Any, now: Any) -> str | None:
     """The first key whose entry is not the same object any more."""
     if isinstance(now, set):
-        return next(map(str, now.symmetric_difference(before)), None)
-    before = before or {}
-    same_keys = before.keys() == now.keys()
-    if same_keys and all(map(operator.is_, before.values(), now.values())):
+        return None if now == before else ""
+    if isinstance(now, list):
+        same = len(now) == len(before) and all(map(operator.is_, now, before))
+        return None if same else ""
+    if list(now) == list(before) and all(map(operator.is_, before.values(), now.values())):
         return None
     union = {**before, **now}
     changed = (k for k in union if before.get(k, _ABSENT) is not now.get(k, _ABSENT))
-    return next(map(str, changed), None)
+    return next(map(str, changed), "")
 
 
-def _is_intact(tensor: torch.Tensor, data: torch.Tensor, copy: torch.Tensor) -> bool:
-    if data.is_meta:
-        return tensor.shape == data.shape
-    if tensor.data_ptr() != data.data_ptr():
-        return False
-    if torch.equal(tensor, copy):
-        return True
-    same_shape = tensor.shape == copy.shape
-    return same_shape and torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds, bit for bit: NaN is itself, and zero is not minus zero."""
+    return tensor.detach().flatten().contiguous().view(torch.uint8)

@@ -7,14 +7,16 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, parametrize
 
-from .effects import Effects, is_fresh, written_by
+from .actions import Action, Replace
+from .edits import Made
+from .effects import Effects, hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
 from .matching import Site, describe
 from .modules import is_parametrized
 from .view import GraphView
@@ -50,19 +52,33 @@ def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) ->
     )
 
 
-def bypass_refusal(site: Site, view: GraphView, effects: Effects) -> str | None:
-    """Why the chain's input may not take the place of its output, or None.
-
-    Where the output was storage of its own, the two become one, which a write to either shows.
-    """
-    if not any(is_fresh(node, view) for node in site.nodes):
+def action_refusal(
+    site: Site, view: GraphView, effects: Effects, action: Action, made: Made
+) -> str | None:
+    """Why this may not take the chain's place, or None, once the rule has said what should."""
+    x = site.input
+    own = {*site.nodes, *made.nodes}
+    if made.place is not site.links[0].node:
+        for write in effects.writes_between(site.links[0].node, made.place):
+            if write not in own and _touches(write, x, view, effects):
+                return f"{describe(write, view)} writes in place to what the chain reads"
+    relations = (_chain_relation(site, view), _new_relation(x, effects, action, made))
+    writes = _writes_to(x, view, effects, action, made)
+    if not writes and relations in (("new", "new"), ("same", "same")):
         return None
-    write = effects.later_write(site.last)
-    for value in effects.storage(site.input):
-        write = write or effects.later_write(value)
-    if write is None:
+    seen = _seen_elsewhere(x, own, effects)
+    if seen is None:
         return None
-    return f"{describe(write, view)} writes in place to what would become one value"
+    if writes:
+        return f"what replaces the chain would write in place to {describe(seen, view)}"
+    for value in (site.last, *effects.storage(x)):
+        write: fx.Node | None = effects.later_write(value, after=site.links[0].node)
+        if write is not None and write not in own:
+            return (
+                f"{describe(write, view)} writes in place, and the rewrite would change whether "
+                "the chain's output shares storage with its input"
+            )
+    return None
 
 
 def has_hooks(module: nn.Module) -> str | None:
@@ -142,14 +158,18 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
 def _overridden(found: type[nn.Module], wanted: tuple[type[nn.Module], ...]) -> str | None:
     """How a subclass of a step's type behaves differently, in words, or None."""
     plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
-    base = next(t for t in wanted if issubclass(plain, t))
+    reasons = [_differs(plain, base) for base in wanted if issubclass(plain, base)]
+    return None if None in reasons else reasons[0]
+
+
+def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
     if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
         return None
-    for cls in plain.__mro__[: plain.__mro__.index(base)]:
+    for cls in found.__mro__[: found.__mro__.index(base)]:
         for name, value in vars(cls).items():
             is_new_function = callable(value) and not hasattr(base, name)
             if name not in _HARMLESS and not is_new_function:
-                return f"is a {plain.__name__}, whose {name} is not that of {base.__name__}"
+                return f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
     return None
 
 
@@ -158,20 +178,56 @@ def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
     nodes = set(site.nodes)
     for link in site.links:
         for value in written_by(link.node, view):
-            for shared in effects.storage(value) - nodes:
-                is_given = shared.op in ("placeholder", "get_attr")
-                if is_given or not nodes.issuperset(shared.users):
-                    return (
-                        f"{describe(link.node, view)} writes in place to {describe(shared, view)}"
-                    )
+            if (seen := _seen_elsewhere(value, nodes, effects)) is not None:
+                return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
     reads = [side for link in site.links for side in link.side_inputs]
-    if reads or not is_fresh(site.links[0].node, view):
+    if not is_fresh(site.links[0].node, view):
         reads.append(site.input)
-        for write in effects.writes_between(site.links[0].node, site.last):
-            touched = {v for value in written_by(write, view) for v in effects.storage(value)}
-            if write not in nodes and any(touched & effects.storage(read) for read in reads):
-                return f"{describe(write, view)} writes in place to what the chain reads"
+    for write in effects.writes_between(site.links[0].node, site.last) if reads else ():
+        if write not in nodes and any(_touches(write, each, view, effects) for each in reads):
+            return f"{describe(write, view)} writes in place to what the chain reads"
     return None
+
+
+def _touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -> bool:
+    """Whether a write may reach the storage of a value."""
+    storage = effects.storage(value)
+    return any(storage & effects.storage(each) for each in written_by(write, view))
+
+
+def _seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
+    """What shares a value's storage and is given from outside, or read by others than `own`."""
+    storage = effects.storage(value) - own
+    for each in storage:
+        if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
+            return each
+    return None
+
+
+Relation = Literal["new", "same", "unknown"]
+
+
+def _chain_relation(site: Site, view: GraphView) -> Relation:
+    """How the storage of a chain's output is related to that of its input."""
+    if any(is_fresh(node, view) for node in site.nodes):
+        return "new"
+    return "same" if all(hands_on(view.module(node)) for node in site.nodes) else "unknown"
+
+
+def _new_relation(x: fx.Node, effects: Effects, action: Action, made: Made) -> Relation:
+    if isinstance(action, Replace):
+        if is_fresh_module(action.module):
+            return "new"
+        return "same" if hands_on(action.module) else "unknown"
+    if made.result is x:
+        return "same"
+    return "unknown" if effects.storage(made.result) & effects.storage(x) else "new"
+
+
+def _writes_to(x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made) -> bool:
+    if isinstance(action, Replace):
+        return writes_in_place(action.module)
+    return any(_touches(node, x, view, effects) for node in made.nodes)
 
 
 # The one private name of torch.nn that this package needs; without it no hook is assumed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import keyword
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,11 @@ class GraphView:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self._users: Counter[int] = Counter()
         self._called: Counter[str] = Counter()
+        self._whole = {
+            str(node.target)
+            for node in graph.nodes
+            if (module := self.module(node)) is not None and module._modules
+        }
         for node in graph.nodes:
             self.count(node, +1)
 
@@ -36,7 +42,7 @@ class GraphView:
         if node.op != "call_module":
             return None
         target = str(node.target)
-        return self.placed.get(target) or self.modules.get(target)
+        return self.placed[target] if target in self.placed else self.modules.get(target)
 
     def attribute(self, node: fx.Node) -> Any:
         """The value that a `get_attr` node reads."""
@@ -65,11 +71,16 @@ class GraphView:
             return {}
         return {k: v for k, v in self.arguments(node).items() if isinstance(v, fx.Node)}
 
+    @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        """The identities of all modules of the model."""
+        return frozenset(map(id, self.modules.values()))
+
     def only_user(self, module: nn.Module) -> bool:
         """Whether a single call is all that uses a module, under whatever name.
 
-        Another call, a read of one of its attributes, and a called module that contains it are
-        further users.
+        Another call, a call of something inside it, a read of one of its attributes, and a called
+        module that contains it are further users.
         """
         return self._users[id(module)] == 1
 
@@ -96,12 +107,17 @@ class GraphView:
                 used = module.modules() if module._modules else (module,)
                 for each in used:
                     self._use(each, by)
+                if self._whole:
+                    self._use_containers(str(node.target), by)
         elif node.op == "get_attr":
-            parts = str(node.target).split(".")
-            for i in range(1, len(parts) + 1):
-                prefix = self.modules.get(".".join(parts[:i]))
-                if prefix is not None:
-                    self._use(prefix, by)
+            self._use_containers(str(node.target), by)
+
+    def _use_containers(self, target: str, by: int) -> None:
+        while "." in target:
+            target, _ = _parent_name(target)
+            container = self.modules.get(target)
+            if container is not None:
+                self._use(container, by)
 
     def _use(self, module: nn.Module, by: int) -> None:
         users = self._users[id(module)] + by
@@ -109,6 +125,10 @@ class GraphView:
             self._users[id(module)] = users
         else:  # a module that nobody uses may be freed, and its id taken by another
             del self._users[id(module)]
+
+
+# What a graph module has already, and a module of that name would hide.
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 class _Taken:
@@ -119,9 +139,11 @@ class _Taken:
 
     def __contains__(self, target: object) -> bool:
         view, target = self._view, str(target)
-        if target in view.placed or target in view.modules:
-            return True
         owner, name = _parent_name(target)
+        if target in view.placed or target in view.modules or keyword.iskeyword(name):
+            return True
+        if not owner and name in _RESERVED:
+            return True
         return hasattr(view.modules.get(owner), name)
 
 

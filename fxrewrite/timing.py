@@ -1,0 +1,98 @@
+"""Time a rewritten model against its original, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from .measuring import Inputs, run
+
+
+@attrs.frozen
+class Timing:
+    """Seconds per call of both models, measured in turns; one entry per round."""
+
+    original: tuple[float, ...]
+    rewritten: tuple[float, ...]
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        """The median seconds of the original and of the rewritten model."""
+        return statistics.median(self.original), statistics.median(self.rewritten)
+
+    @property
+    def speed_up(self) -> float:
+        """The original's median time in units of the rewritten model's."""
+        original, rewritten = self.medians
+        return original / rewritten
+
+    @property
+    def middle_half(self) -> tuple[float, float]:
+        """Between which speed-ups the middle half of all rounds lies."""
+        ratios = [a / b for a, b in zip(self.original, self.rewritten, strict=True)]
+        lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        return lower, upper
+
+    def __str__(self) -> str:
+        """The speed-up, the times and the spread in one line."""
+        original, rewritten = (f"{1e3 * seconds:.3g} ms" for seconds in self.medians)
+        lower, upper = self.middle_half
+        return (
+            f"{self.speed_up:.2f}x, {original} to {rewritten} "
+            f"(medians of {len(self.original)} rounds; middle half {lower:.2f}x to {upper:.2f}x)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians in seconds, the speed-up and its spread as plain data."""
+        original, rewritten = self.medians
+        return {
+            "rounds": len(self.original),
+            "original_seconds": original,
+            "rewritten_seconds": rewritten,
+            "speed_up": self.speed_up,
+            "speed_up_middle_half": list(self.middle_half),
+        }
+
+
+def time_in_turns(
+    original: nn.Module, rewritten: nn.Module, inputs: Inputs, *, seconds: float = 3.0
+) -> Timing:
+    """Time both models in turns, so that a machine's changing load falls on both alike.
+
+    Args:
+        original: the model to compare with.
+        rewritten: the model that should be faster.
+        inputs: the positional arguments of both; left as they are.
+        seconds: about how long to measure; five rounds are made in any case, 300 at most.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    turns = list(zip((original, rewritten), times, strict=True))
+    for model in (original, rewritten) * 2:
+        run(model, inputs)
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 300):
+        for model, taken in turns:
+            taken.append(_seconds(model, inputs))
+        turns.reverse()
+    return Timing(*map(tuple, times))
+
+
+def _seconds(model: nn.Module, inputs: Inputs) -> float:
+    # A model may write to its input, and copying that is not its work.
+    own = [each.clone() for each in inputs]
+    with torch.no_grad():
+        _wait_for(own)
+        start = time.perf_counter()
+        model(*own)
+        _wait_for(own)
+        return time.perf_counter() - start
+
+
+def _wait_for(tensors: list[torch.Tensor]) -> None:
+    if any(each.device.type != "cpu" for each in tensors):
+        torch.accelerator.synchronize()
