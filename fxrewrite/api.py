@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import fx, nn
 
 from .engine import Engine
+from .errors import PatternError
 from .matching import describe
 from .registry import Rules, resolve
 from .report import Finding, Report
 from .result import graph_module
-from .ruleset import Rule
+from .ruleset import Rule, RuleSet
 from .shapes import record_shapes
 from .soundness import has_hooks
-from .tracing import LeafModules, trace
+from .tracing import LeafModules, checked_leaves, trace
 from .view import GraphView
 
 
@@ -55,10 +58,10 @@ def rewrite(
         UnknownRuleSetError: no rule set has the given name.
         ExpectationError: `expect` does not hold.
     """
-    rule_sets = resolve(rules)
+    rule_sets = _apart(resolve(rules))
     unique = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
     named = [kind for rule in unique for step in rule.pattern.steps for kind in step.modules]
-    graph, constants = trace(model, (*named, *leaf_modules), tracer)
+    graph, constants = trace(model, (*named, *checked_leaves(leaf_modules)), tracer)
     # Weights made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         view = GraphView(model, graph, constants)
@@ -67,8 +70,10 @@ def rewrite(
         out_of_reach = _out_of_reach(view, unique)
         findings = (*Engine(view, unique).run(), *out_of_reach)
         made = graph_module(view)
-    names = {each.name: tuple(rule.name for rule in each.rules) for each in rule_sets}
-    report = Report(findings, names, frozenset(view.modules))
+    names: dict[str, dict[str, None]] = {}
+    for each in rule_sets:
+        names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
+    report = Report(findings, {k: tuple(v) for k, v in names.items()}, view.aliases)
     report.check(expect or {})
     return made, report
 
@@ -103,6 +108,28 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     )
     """
     return rewrite(model, "conv_bn")[0]
+
+
+def _apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:
+    """The rule sets with rules of one name told apart by the names of their sets."""
+    rules = dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules)
+    uses = Counter(rule.name for rule in rules)
+    renamed = {
+        rule: attrs.evolve(rule, name=f"{rule_set.name}.{rule.name}")
+        for rule_set in rule_sets
+        for rule in rule_set.rules
+        if uses[rule.name] > 1
+    }
+    names = Counter(rule.name for rule in renamed.values())
+    for name, count in names.items():
+        if count > 1:
+            raise PatternError(f"{count} different rules are called {name}; give each its own name")
+    return [
+        attrs.evolve(rule_set, rules=[renamed.get(rule, rule) for rule in rule_set.rules])
+        if any(rule in renamed for rule in rule_set.rules)
+        else rule_set
+        for rule_set in rule_sets
+    ]
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:

@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from .commands import app
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        return _failed(f"{error.name} is missing; pip install 'fxrewrite[cli]'")
+        return _failed(f"{missing} is missing; pip install 'fxrewrite[cli]'")
     # Typer names this class in some versions only; its code would be 2, which is taken.
     usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
     try:

@@ -131,8 +131,13 @@ def is_fresh(node: fx.Node, view: GraphView) -> bool:
 
 def is_fresh_module(module: nn.Module | None) -> bool:
     """Whether a module's output is sure to share no storage with its input."""
-    known = type(module).__module__ in _FRESH_MODULES and not isinstance(module, nn.Identity)
-    return known and not writes_in_place(module)
+    kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
+    return _is_fresh_kind(kind) and not writes_in_place(module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_fresh_kind(kind: type[Any]) -> bool:
+    return kind.__module__ in _FRESH_MODULES and not issubclass(kind, nn.Identity)
 
 
 def hands_on(module: nn.Module | None) -> bool:

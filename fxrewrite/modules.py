@@ -42,7 +42,7 @@ def get_submodule(root: nn.Module, target: str) -> nn.Module:
 
 
 def set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:
-    """Put a module in place under that qualified name; its parent must exist.
+    """Put a module in place under that qualified name, whatever was there; its parent must exist.
 
     >>> model = nn.Sequential(nn.ReLU())
     >>> set_submodule(model, "0", nn.GELU())
@@ -51,8 +51,11 @@ def set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:
     """
     if not target:
         raise ValueError("the root module itself can't be replaced; give a qualified name")
-    parent, name = _parent_name(target)
-    setattr(get_submodule(root, parent), name, module)
+    parent_name, name = _parent_name(target)
+    parent = get_submodule(root, parent_name)
+    if name in parent._parameters or name in parent._buffers or name in parent.__dict__:
+        delattr(parent, name)
+    setattr(parent, name, module)
 
 
 def delete_submodule(root: nn.Module, target: str) -> None:
@@ -65,6 +68,8 @@ def delete_submodule(root: nn.Module, target: str) -> None:
       (1): GELU(approximate='none')
     )
     """
+    if not target:
+        raise ValueError("the root module itself can't be deleted; give a qualified name")
     get_submodule(root, target)
     parent, name = _parent_name(target)
     delattr(get_submodule(root, parent), name)
@@ -110,7 +115,7 @@ def replace_node_module(node: fx.Node, modules: dict[str, Any], new_module: nn.M
 
 
 def evolve(module: M, /, **changes: Any) -> M:
-    """A shallow copy of a module with these parameters, buffers or attributes changed.
+    """A shallow copy of a module with these parameters, buffers, children or attributes changed.
 
     All that is not named is shared with the original, which is left as it was.
 
@@ -121,9 +126,9 @@ def evolve(module: M, /, **changes: Any) -> M:
 
     Args:
         module: the module to copy. Its children are shared.
-        changes: by name, a tensor (any shape and dtype) or None for a parameter or buffer, or any
-            value for another attribute. A new parameter keeps the `requires_grad` of the one it
-            replaces, or else of the module's other parameters.
+        changes: by name, a tensor (any shape and dtype) or None for a parameter or buffer, a module
+            for a child, or any value for another attribute. A new parameter keeps the
+            `requires_grad` of the one it replaces, or else of the module's other parameters.
 
     Raises:
         AttributeError: the module has nothing of that name.
@@ -140,6 +145,8 @@ def evolve(module: M, /, **changes: Any) -> M:
             new._parameters[name] = _parameter(module, module._parameters[name], value)
         elif name in new._buffers:
             new._buffers[name] = value
+        elif name in new._modules:
+            new._modules[name] = value
         elif name in new.__dict__:
             new.__dict__[name] = value
         else:

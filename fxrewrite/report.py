@@ -41,7 +41,8 @@ class Finding:
 
     def is_about(self, name: str) -> bool:
         """Whether a module or node of that name takes part in it."""
-        return name in (self.anchor, self.became, *self.nodes, *(to for _, to in self.steps))
+        became = self.became.split(", ")
+        return name in (self.anchor, *became, *self.nodes, *(to for _, to in self.steps))
 
     def __str__(self) -> str:
         """The finding as a sentence."""
@@ -69,6 +70,9 @@ class Finding:
 class Report:
     """All findings of one rewrite, in the order of the graph; printed, it is a compact table.
 
+    `rule_sets` names the rules of each set, and `modules` all modules of the model, an alias by
+    the name that the graph has for it.
+
     >>> import fxrewrite as fxr
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
@@ -81,7 +85,7 @@ class Report:
 
     findings: tuple[Finding, ...]
     rule_sets: Mapping[str, tuple[str, ...]]
-    module_names: frozenset[str] = attrs.field(default=frozenset(), repr=False)
+    modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
 
     @property
     def applied(self) -> tuple[Finding, ...]:
@@ -117,11 +121,14 @@ class Report:
         Raises:
             LookupError: the model has nothing of that name.
         """
-        found = [each for each in self.findings if each.is_about(name)]
-        found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
+        found = list(self.findings)
+        if name:
+            known = self.modules.get(name, name)
+            found = [f for f in found if f.is_about(name) or f.is_about(known)]
+            found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
         if found:
             return "\n".join(map(str, found))
-        if name not in self.module_names:
+        if name not in self.modules:
             raise LookupError(f"the model has no module and the report no node named {name!r}")
         return f"{name}: no rule looks for a module of this kind, and no match includes it"
 

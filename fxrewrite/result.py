@@ -49,7 +49,7 @@ class _Holders:
         self._known: dict[str, tuple[nn.Module, Any] | None] = {"": (made, root)}
 
     def at(self, name: str) -> tuple[nn.Module, Any] | None:
-        """The container, made where there is none; None inside a module that stands there whole."""
+        """The container, made where there is none; None inside what stands there whole."""
         if name not in self._known:
             self._known[name] = self._make(*_parent_name(name))
         return self._known[name]
@@ -61,6 +61,10 @@ class _Holders:
         source = getattr(outer[1], name, None)
         holder = outer[0]._modules.get(name)
         if holder is not None and holder is source:
+            return None
+        if source is not None and not isinstance(source, nn.Module):
+            # A graph may read an attribute of a tensor, such as `scale.T`.
+            _put(outer[0], outer[1], name, source)
             return None
         if holder is None:
             holder = nn.Module()
@@ -80,12 +84,18 @@ def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> 
     if module is not None:
         holder.add_module(name, module)
         return
-    value = view.attribute(node)
+    is_new = target in view.placed and target not in view.constants
+    _put(holder, source, name, view.attribute(node), is_new=is_new)
+
+
+def _put(holder: nn.Module, source: Any, name: str, value: Any, *, is_new: bool = False) -> None:
+    """Give a container the attribute that the model's own has, or a new one."""
+    if hasattr(holder, name):
+        return
     if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
         setattr(holder, name, value)
         return
     # What is a buffer in the model, or new, is saved; a constant of the forward never was.
-    is_new = target in view.placed and target not in view.constants
     unsaved = getattr(source, "_non_persistent_buffers_set", ())
     saved = is_new or (name in getattr(source, "_buffers", {}) and name not in unsaved)
     holder.register_buffer(name, value, persistent=saved)

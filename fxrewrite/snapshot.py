@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 _ABSENT = object()
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -66,11 +67,7 @@ class Snapshot:
         for _, module, kind in self._classes:
             object.__setattr__(module, "__class__", kind)
         for _, now, before in self._containers:
-            now.clear()
-            if isinstance(now, list):
-                now.extend(before)
-            else:
-                now.update(before)
+            _refill(now, before)
         for _, tensor in self._tensors:
             tensor.restore()
 
@@ -85,21 +82,24 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module, *, buffers: bool) -> None:
-        self._registries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._registries: list[tuple[str, Any, Any]] = []
         self._tensors: list[tuple[str, _Tensor]] = []
         for name, module in model.named_modules():
             for registry in (module.__dict__, module._buffers, module._modules):
                 if registry:
                     self._registries.append((name, registry, registry.copy()))
-            if torch.Tensor in map(type, module.__dict__.values()):
-                self._hold(name, module.__dict__)
-            if buffers:
-                self._hold(name, module._buffers)
+            for key in module.__dict__.keys() - _OF_EVERY_MODULE:
+                self._hold(f"{name}.{key}", module.__dict__[key])
+            for key in module._buffers if buffers else ():
+                self._hold(f"{name}.{key}", module._buffers[key])
 
-    def _hold(self, name: str, registry: dict[str, Any]) -> None:
-        for key, value in registry.items():
-            if isinstance(value, torch.Tensor):
-                self._tensors.append((f"{name}.{key}".strip("."), _Tensor(value)))
+    def _hold(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self._tensors.append((name.strip("."), _Tensor(value)))
+        elif isinstance(value, dict | list | set):
+            self._registries.append((name, value, value.copy()))
+            for each in value.values() if isinstance(value, dict) else value:
+                self._hold(name, each)
 
     def restore(self) -> str | None:
         """Put everything back, and name the first thing that was changed."""
@@ -107,8 +107,7 @@ class ModelState:
         for name, registry, before in self._registries:
             if (key := _changed(before, registry)) is not None:
                 found = found or f"{name}.{key}".strip(".")
-                registry.clear()
-                registry.update(before)
+                _refill(registry, before)
         for name, tensor in self._tensors:
             if tensor.differs():
                 found = found or name
@@ -154,6 +153,14 @@ class _Tensor:
             self.hooks.clear()
             self.hooks.update(self.hooked)
         self.tensor._backward_hooks = self.hooks
+
+
+def _refill(container: Any, before: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(before)
+    else:
+        container.update(before)
 
 
 def _changed(before: Any, now: Any) -> str | None:

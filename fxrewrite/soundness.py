@@ -56,15 +56,14 @@ def action_refusal(
     site: Site, view: GraphView, effects: Effects, action: Action, made: Made
 ) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
-    x = site.input
+    x, first = site.input, site.links[0].node
     own = {*site.nodes, *made.nodes}
-    if made.place is not site.links[0].node:
-        for write in effects.writes_between(site.links[0].node, made.place):
-            if write not in own and _touches(write, x, view, effects):
-                return f"{describe(write, view)} writes in place to what the chain reads"
-    relations = (_chain_relation(site, view), _new_relation(x, effects, action, made))
+    for write in effects.writes_between(first, made.place) if made.place is not first else ():
+        if write not in own and _touches(write, x, view, effects):
+            return f"{describe(write, view)} writes in place to what the chain reads"
+    before, after = _chain_relation(site, view), _new_relation(x, effects, action, made)
     writes = _writes_to(x, view, effects, action, made)
-    if not writes and relations in (("new", "new"), ("same", "same")):
+    if not writes and before == after != "unknown":
         return None
     seen = _seen_elsewhere(x, own, effects)
     if seen is None:
@@ -72,10 +71,10 @@ def action_refusal(
     if writes:
         return f"what replaces the chain would write in place to {describe(seen, view)}"
     for value in (site.last, *effects.storage(x)):
-        write: fx.Node | None = effects.later_write(value, after=site.links[0].node)
-        if write is not None and write not in own:
+        later = effects.later_write(value, after=first)
+        if later is not None and later not in own:
             return (
-                f"{describe(write, view)} writes in place, and the rewrite would change whether "
+                f"{describe(later, view)} writes in place, and the rewrite would change whether "
                 "the chain's output shares storage with its input"
             )
     return None

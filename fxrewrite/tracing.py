@@ -93,6 +93,20 @@ def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, An
     return graph, constants
 
 
+def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
+    """The leaves as a tuple; raises TypeError where one is no module type and no name."""
+    is_many = isinstance(leaf_modules, Iterable) and not isinstance(leaf_modules, str | nn.Module)
+    leaves = tuple(leaf_modules) if is_many else ()
+    for each in leaves:
+        is_type = isinstance(each, type) and issubclass(each, nn.Module)
+        is_many = is_many and (is_type or isinstance(each, str))
+    if not is_many:
+        raise TypeError(
+            f"leaf_modules is a list of module types and qualified names, not {leaf_modules!r:.80}"
+        )
+    return leaves
+
+
 def _with_leaves(
     model: nn.Module,
     leaves: tuple[type[nn.Module] | str, ...],
@@ -110,6 +124,7 @@ def _with_leaves(
         return named or has_hooks(module) is not None or base.is_leaf_module(module, name)
 
     own = copy.copy(base)
+    own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
     own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
     return own
 
@@ -153,9 +168,10 @@ def _explanation(model: nn.Module, error: Exception) -> str:
 
 
 def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
-    """The frames of an error that are not FX's own, outermost first."""
+    """The frames of an error that are of a forward, outermost first."""
     fx_folder = Path(fx.__file__).parent
+    not_theirs = (Path(__file__), Path(nn.modules.module.__file__))
     for frame, lineno in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
-        if fx_folder not in path.parents and path != Path(__file__):
+        if fx_folder not in path.parents and path not in not_theirs:
             yield frame, lineno

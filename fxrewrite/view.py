@@ -71,6 +71,12 @@ class GraphView:
             return {}
         return {k: v for k, v in self.arguments(node).items() if isinstance(v, fx.Node)}
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Each module's qualified name with the first name that the same module has."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(each), name) for name, each in self.modules.items()}
+
     @functools.cached_property
     def ids(self) -> frozenset[int]:
         """The identities of all modules of the model."""

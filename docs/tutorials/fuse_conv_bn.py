@@ -38,6 +38,7 @@ class Normalised(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x):
+        """Only the batch norm."""
         return self.norm(x)
 
 
@@ -56,6 +57,7 @@ class Model(nn.Module):
         self.branch_bn = nn.BatchNorm2d(16)
 
     def forward(self, x):
+        """Images to features."""
         x = self.stem_bn(self.stem(self.whiten(x)))
         x = self.wrapped(self.block(self.expand(x)))
         branch = self.branch(x)
@@ -139,8 +141,7 @@ print(report)
 print(report.why("whiten"))
 print(report.why("branch_bn"))
 print(report.why("wrapped.norm"))
-assert report.why("whiten").endswith("reads the model's input x, not a Conv1d, Conv2d or Conv3d "
-                                     "(step 'conv')") or "input x" in report.why("whiten")
+assert "reads the model's input" in report.why("whiten")
 assert "also read by" in report.why("branch_bn")
 
 # %%
@@ -226,8 +227,9 @@ with torch.no_grad():
         assert error <= 1e-5, f"relative error {error:.1e}"
 
 # %%
-# What can be won depends on the machine. The convolutions do nearly all of the arithmetic, the batch
-# norms mostly move memory.
+# How much is won depends on the machine. The convolutions do nearly all of the arithmetic, and the
+# batch norms mostly move memory: a few percent of the time on one thread, more where many threads
+# share the memory.
 
 contestants = {"unfused": network, "fused": folded, "fused and scripted": scripted}
 timers = {
@@ -240,7 +242,7 @@ timers = {
 }
 times = {name: [] for name in timers}
 with torch.no_grad():
-    for _ in range(7):
+    for _ in range(5):
         for name, timer in timers.items():
             times[name].append(timer.timeit(1).median)
 

@@ -1,0 +1,137 @@
+"""What the tests ask of any model: its outputs, all its state, how far two models differ."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import nets
+import torch
+from torch import fx, nn
+
+import fxrewrite as fxr
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the model returns; the input is copied, since a forward may write to it."""
+    torch.manual_seed(0)  # for dropout in training mode
+    with torch.no_grad():
+        made = model(x.clone())
+    return [made] if isinstance(made, torch.Tensor) else list(made)
+
+
+class Record:
+    """All there is to a model: module tree, attributes, hooks, modes, tensors bit for bit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._objects = self._look()
+        self._graph = str(getattr(model, "graph", ""))
+        tensors = [each for _, each in self._objects if isinstance(each, torch.Tensor)]
+        self._tensors = [(t, t.detach().clone(), t._version, t.requires_grad) for t in tensors]
+
+    def _look(self) -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = []
+        for name, module in self._model.named_modules(remove_duplicate=False):
+            found += [(name, module), (f"{name} type", type(module))]
+            for key, value in vars(module).items():
+                found.append((f"{name} {key}", value))
+                if isinstance(value, dict):
+                    found += [(f"{name} {key} {inner}", each) for inner, each in value.items()]
+        return found
+
+    def assert_unchanged(self, *, versions: bool = True) -> None:
+        now = self._look()
+        assert [name for name, _ in now] == [name for name, _ in self._objects]
+        for (name, each), (_, before) in zip(now, self._objects, strict=True):
+            assert each is before, name
+        assert str(getattr(self._model, "graph", "")) == self._graph
+        for tensor, before, version, requires_grad in self._tensors:
+            assert tensor._version == version or not versions
+            assert tensor.requires_grad == requires_grad
+            assert tensor.dtype == before.dtype
+            assert torch.equal(_bits(tensor), _bits(before))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """So that NaN equals itself, and 0.0 is not -0.0."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def largest_error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """The largest difference of any element, relative to the largest magnitude expected."""
+    largest = max(each.abs().max().item() for each in expected)
+    pairs = zip(expected, found, strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs) / (largest or 1.0)
+
+
+def folded(model: nn.Module, x: torch.Tensor, applied: int) -> tuple[fx.GraphModule, fxr.Report]:
+    """`rewrite` with conv_bn, held to what holds for every model.
+
+    The result equals the model to 1e-9 in float64, the model is untouched, all batch norms are
+    counted, and a second rewrite finds nothing left to do.
+    """
+    model, x = model.double(), x.double()
+    expected = outputs(copy.deepcopy(model), x)
+    before = Record(model)
+    fused, report = fxr.rewrite(model, "conv_bn")
+    before.assert_unchanged()
+    assert len(report.applied) == applied, report
+    assert largest_error(expected, outputs(fused, x)) <= 1e-9
+    assert not fxr.plan(fused, "conv_bn").applied
+    return fused, report
+
+
+def executed(count: int) -> int:
+    """How many bytecodes of this package it takes to fold that many blocks."""
+    model, folder, opcodes = nets.chain_of_blocks(count), str(Path(fxr.__file__).parent), 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal opcodes
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        opcodes += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        fxr.rewrite(model, "conv_bn", expect={"conv_bn": count})
+    finally:
+        sys.settrace(before)
+    return opcodes
+
+
+def calls_of_batch_norms(model: nn.Module, x: torch.Tensor) -> Counter[int]:
+    """How often each batch norm is called, outside of containers that a hook keeps whole."""
+    counted, inside = copy.deepcopy(model), []
+    ids = {id(c): id(m) for c, m in zip(counted.modules(), model.modules(), strict=True)}
+    calls: Counter[int] = Counter({id(m): 0 for m in model.modules() if is_batch_norm(m)})
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if is_batch_norm(module) and not inside:
+            calls[ids[id(module)]] += 1
+        inside.extend([module] if hooked[id(module)] else [])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        del inside[len(inside) - hooked[id(module)] :]
+
+    hooked = {id(m): m is not counted and has_hook(m) for m in counted.modules()}
+    for module in counted.modules():
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave)
+    outputs(counted, x)
+    return calls
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nets.ANY_BATCH_NORM)
+
+
+def has_hook(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -1,0 +1,192 @@
+"""The models that tests are about: of given members, of random steps, or plain chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+ANY_CONV = tuple(CONVS.values())
+ANY_BATCH_NORM = tuple(BATCH_NORMS.values())
+
+
+def randomise(model: nn.Module, seed: int = 0, decades: float = 0.0) -> nn.Module:
+    """Fill all tensors so that no fold is trivial; the model is returned, in eval mode.
+
+    Weights of batch norms are of both signs, some near zero and some zero. With `decades`, scales
+    and variances range over that many powers of ten up and down, per channel.
+    """
+    make = torch.Generator().manual_seed(seed)
+
+    def normal(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=make, dtype=torch.float64)
+
+    def spread(like: torch.Tensor) -> torch.Tensor:
+        powers = torch.rand(like.shape, generator=make, dtype=torch.float64) * 2 - 1
+        return 10 ** (powers * decades)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ANY_CONV):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(normal(module.weight) / fan_in**0.5)
+                if module.bias is not None:
+                    module.bias.copy_(normal(module.bias))
+            elif isinstance(module, ANY_BATCH_NORM):
+                if module.running_mean is not None:
+                    module.running_mean.copy_(normal(module.running_mean))
+                    var = (0.5 + normal(module.running_var).abs()) * spread(module.running_var)
+                    module.running_var.copy_(var)
+                if module.weight is not None:
+                    weight = normal(module.weight) * spread(module.weight)
+                    rare = torch.rand(weight.shape, generator=make)
+                    weight = torch.where(rare < 0.1, weight * 1e-8, weight)
+                    module.weight.copy_(torch.where(rare < 0.03, torch.zeros(()), weight))
+                if module.bias is not None:
+                    module.bias.copy_(normal(module.bias))
+    return model.eval()
+
+
+def random_input(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """A normally distributed float64 input."""
+    make = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=make, dtype=torch.float64)
+
+
+class Forward(nn.Module):
+    """A model of these members whose forward is a function of the model and its input."""
+
+    def __init__(self, forward: Any, **members: Any) -> None:
+        super().__init__()
+        self.of = forward
+        for name, member in members.items():
+            setattr(self, name, member)
+        randomise(self)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.of(self, x)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+def bn() -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(4)
+
+
+X = random_input((2, 4, 5, 5))
+
+
+def chain_of_blocks(count: int) -> fx.GraphModule:
+    """A graph module of that many conv -> bn -> relu."""
+    blocks = [layer for _ in range(count) for layer in (conv(), bn(), nn.ReLU())]
+    return fx.symbolic_trace(randomise(nn.Sequential(*blocks)))
+
+
+# What follows is for random models. All values have one shape, so any step may follow any other.
+
+Step = tuple[Any, ...]
+
+
+def call(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
+    return net.get_submodule(name)(values[at])
+
+
+def call_by_keyword(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
+    return net.get_submodule(name)(input=values[at])
+
+
+def read_weight(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
+    return values[at] * net.get_submodule(name).weight.mean()
+
+
+def relu(net: nn.Module, values: list[Any], at: int) -> Any:
+    return F.relu(values[at])
+
+
+def relu_in_place(net: nn.Module, values: list[Any], at: int) -> Any:
+    return F.relu(values[at], inplace=True)
+
+
+def scale_in_place(net: nn.Module, values: list[Any], at: int) -> Any:
+    return values[at].mul_(0.5)
+
+
+def write_through_view(net: nn.Module, values: list[Any], at: int) -> Any:
+    values[at][:, :1].add_(1.0)
+    return values[at]
+
+
+def view(net: nn.Module, values: list[Any], at: int) -> Any:
+    return values[at].view_as(values[0])
+
+
+def add(net: nn.Module, values: list[Any], at: int, other: int) -> Any:
+    return values[at] + values[other]
+
+
+def chunk_and_cat(net: nn.Module, values: list[Any], at: int) -> Any:
+    return torch.cat(values[at].chunk(2, dim=1)[::-1], dim=1)
+
+
+ON_ONE_VALUE = (
+    relu,
+    relu_in_place,
+    scale_in_place,
+    write_through_view,
+    view,
+    chunk_and_cat,
+)
+
+
+class Net(nn.Module):
+    """Carries out its steps; step i reads earlier values by number and makes value i + 1."""
+
+    def __init__(
+        self, members: dict[str, nn.Module], steps: list[Step], outputs: list[int]
+    ) -> None:
+        super().__init__()
+        self.steps, self.outputs = steps, outputs
+        for name, member in members.items():
+            parent: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(last, member)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        values = [x]
+        for step, *args in self.steps:
+            values.append(step(self, values, *args))
+        return tuple(values[at] for at in self.outputs)
+
+    def extra_repr(self) -> str:
+        steps = ", ".join(f"{step.__name__}{tuple(args)}" for step, *args in self.steps)
+        return f"steps: {steps} -> {self.outputs}"
+
+
+def halve_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return tuple(each * 0.5 for each in output) if isinstance(output, tuple) else output * 0.5
+
+
+def halve_input(module: nn.Module, args: Any) -> Any:
+    return tuple(arg * 0.5 for arg in args)
+
+
+def leave_gradient(module: nn.Module, *gradients: Any) -> None:
+    return None
+
+
+HOOKS: list[Callable[[nn.Module], Any]] = [
+    lambda module: module.register_forward_hook(halve_output),
+    lambda module: module.register_forward_pre_hook(halve_input),
+    lambda module: module.register_full_backward_hook(leave_gradient),
+]

@@ -1,0 +1,132 @@
+"""What the documentation shows is what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+import runpy
+import timeit
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import benchmark
+
+import fxrewrite
+from fxrewrite import patterns, registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"(?:^#.*\n)*\Z", re.MULTILINE)
+
+
+def doctests() -> list[doctest.DocTest]:
+    """The doctests of all installed modules of the package."""
+    # An editable install keeps `patterns` elsewhere, so it has to be walked by itself.
+    packages = (fxrewrite, patterns)
+    names = {package.__name__ for package in packages}
+    for package in packages:
+        inside = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        names.update(module.name for module in inside)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = [importlib.import_module(name) for name in sorted(names)]
+    return [test for module in modules for test in finder.find(module) if test.examples]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rule sets that an example registers, and the seeds it sets, are its own."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if BLOCK.search(page.read_text())],
+    ids=lambda page: page.name,
+)
+def test_page(page: Path) -> None:
+    """The code blocks of a page run from top to bottom and print what the page shows."""
+    text = page.read_text()
+    namespace: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        if block[1].startswith(">>> "):
+            check_session(block[1], namespace, page, line)
+        else:
+            check_code(block[1], namespace, page, line)
+
+
+def check_session(source: str, namespace: dict[str, Any], page: Path, line: int) -> None:
+    """A block in the form of an interactive session."""
+    test = doctest.DocTestParser().get_doctest(source, {}, page.name, str(page), line)
+    test.globs = namespace
+    assert run(test) == ""
+
+
+def check_code(source: str, namespace: dict[str, Any], page: Path, line: int) -> None:
+    """A block of plain code, whose output is in the comment at its end, if it prints anything."""
+    shown = [each[2:] for each in OUTPUT.search(source)[0].splitlines()]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        # Empty lines before the code let tracebacks name the lines of the page.
+        exec(compile("\n" * line + source, str(page), "exec"), namespace)
+    assert [each.rstrip() for each in printed.getvalue().splitlines()] == shown
+
+
+def run(test: doctest.DocTest) -> str:
+    """What differs from what the examples show."""
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
+        test, out=said.append, clear_globs=False
+    )
+    return "".join(said)
+
+
+@pytest.mark.parametrize("test", doctests(), ids=lambda test: test.name)
+def test_docstring(test: doctest.DocTest) -> None:
+    """The examples of a docstring give what the docstring shows."""
+    assert run(test) == ""
+
+
+class OneRun:
+    """Stands for torch's timer: runs the statement once, however often it is asked."""
+
+    def __init__(self, stmt: str, globals: dict[str, Any], num_threads: int) -> None:
+        self._timer = timeit.Timer(stmt, globals=globals)
+        self._seconds: float | None = None
+
+    def timeit(self, number: int) -> SimpleNamespace:
+        if self._seconds is None:
+            self._seconds = self._timer.timeit(1)
+        return SimpleNamespace(median=self._seconds)
+
+
+@pytest.mark.parametrize("script", TUTORIALS, ids=lambda script: script.stem)
+def test_tutorial(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tutorial runs to its end, where it has printed the last of its results."""
+    monkeypatch.setattr(benchmark, "Timer", OneRun)
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"fused and scripted +[\d.]+ ms +[\d.]+x\n$", capsys.readouterr().out)
+
+
+def test_readme_commands() -> None:
+    """CI tests by the very command that the README gives."""
+    command = 'pip install -e ".[dev]" && pytest'
+    readme = (ROOT / "README.md").read_text()
+    assert f"{command}\n" in readme
+    assert command in (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[dev]" && fxrewrite run torchvision.models:resnet18\n' in readme

@@ -1,0 +1,316 @@
+"""Writes in place and shared storage, as the engine sees them and as torch does them."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fxrewrite as fxr
+from fxrewrite.effects import Effects, is_fresh, written_by
+from fxrewrite.view import GraphView
+
+
+class Model(nn.Module):
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.calls = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+        self.register_buffer("buffer", torch.ones(2, 4))
+
+    def forward(self, x, y):
+        return self.calls(self, x, y)
+
+
+def view_of(model):
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True
+    return GraphView(model, tracer.trace(model), {})
+
+
+def node_named(view, name):
+    return next(node for node in view.graph.nodes if node.name == name)
+
+
+class Observer(fx.Interpreter):
+    """Runs a graph; what a node really wrote to, and whether its output shares storage."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        given = {
+            id(each): (each, each._version)
+            for each in pytree.tree_leaves(self.fetch_args_kwargs_from_env(node))
+            if isinstance(each, torch.Tensor)
+        }
+        storages = {each.untyped_storage().data_ptr() for each, _ in given.values()}
+        out = super().run_node(node)
+        node.meta["wrote"] = [each for each, before in given.values() if each._version != before]
+        node.meta["shares"] = any(
+            each.untyped_storage().data_ptr() in storages
+            for each in pytree.tree_leaves(out)
+            if isinstance(each, torch.Tensor)
+        )
+        node.meta["inputs"] = {
+            name: self.env[name] for name in node.all_input_nodes if name in self.env
+        }
+        return out
+
+
+ACTIVATIONS = (
+    "ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Softplus Softsign Hardswish Hardtanh "
+    "Hardsigmoid LeakyReLU LogSigmoid Tanhshrink Softshrink Hardshrink RReLU PReLU"
+)
+MAY_WRITE = "ReLU ReLU6 ELU SELU CELU SiLU Mish Hardswish Hardtanh Hardsigmoid LeakyReLU RReLU"
+FUNCTIONAL = (
+    "relu relu6 elu selu celu gelu silu mish sigmoid tanh softplus softsign hardswish hardtanh "
+    "hardsigmoid leaky_relu logsigmoid tanhshrink softshrink hardshrink dropout alpha_dropout "
+    "relu_ elu_ normalize"
+)
+WITH_INPLACE = "relu relu6 elu selu celu silu mish hardswish hardtanh leaky_relu"
+METHODS = (
+    "abs neg exp log sqrt rsqrt sin cos reciprocal clone contiguous detach t flatten squeeze conj "
+    "resolve_conj float double ravel sum mean relu tanh sigmoid abs_ neg_ exp_ relu_ tanh_ "
+    "sigmoid_ zero_ t_ squeeze_"
+)
+WRITTEN_OUT = """
+x.type_as(x); x.mT; x.T; x.data; x.add_(1); x.mul_(2); x.clamp_(0, 1); x.fill_(1); x.copy_(x + 1)
+x.__iadd__(1); x.__imul__(2); x.__setitem__(0, 1); F.dropout(x, training=False)
+F.threshold_(x, 0.0, 1.0); torch.relu_(x); torch.neg_(x); torch.ops.aten.relu_.default(x)
+torch.ops.aten.add_.Tensor(x, x); torch.ops.aten.add_(x, 1); torch.ops.aten.add.Tensor(x, x)
+torch.ops.aten.view.default(x, [4, 2]); operator.iadd(x, 1); operator.imul(x, 2); x + 1; x * 1
+x - 0; x / 1; x**1; x @ x.t(); -x; x[0]; torch.add(torch.ones(2, 4), 1, out=x); nn.init.zeros_(x)
+torch._foreach_add_([x], 1); torch.cat([x]); torch.stack([x]); x.chunk(2)[0]; x.unbind(0)[1]
+torch.split(x, 1)[0]; x.expand(2, 4); x.view(8); torch.reshape(x, (8,)); x.permute(1, 0)
+x.to(torch.float32); F.pad(x, (0, 0)); F.softmax(x, -1); F.log_softmax(x, -1)
+F.layer_norm(x, (4,)); F.avg_pool1d(x, 1); F.max_pool1d(x, 1); F.adaptive_avg_pool1d(x, 4)
+x.sum(()); torch.atleast_2d(x); torch.broadcast_to(x, (2, 4)); torch.where(x > 0, x, x)
+node_of(x, torch.Tensor.add_, x, 1); node_of(x, operator.setitem, x, 0, 1)
+"""
+CALLS = [
+    *(f"F.{name}(x)" for name in FUNCTIONAL.split()),
+    *(f"F.{name}(x, inplace=True)" for name in WITH_INPLACE.split()),
+    *(f"x.{name}()" for name in METHODS.split()),
+    *WRITTEN_OUT.strip().replace("\n", "; ").split("; "),
+]
+
+
+def node_of(proxy, function, *args):
+    """A call that `symbolic_trace` does not write down, and a graph of other origin may hold."""
+    return proxy.tracer.create_proxy("call_function", function, args, {})
+
+
+def observed(model):
+    view = view_of(model)
+    x, y = torch.linspace(0.1, 2, 8).view(2, 4), torch.linspace(0.1, 1, 8).view(2, 4)
+    Observer(fx.GraphModule(model, view.graph)).run(x, y)
+    return view
+
+
+def check(view):
+    for node in view.graph.nodes:
+        if node.op.startswith("call_"):
+            claimed = [node.meta["inputs"].get(each) for each in written_by(node, view)]
+            for wrote in node.meta["wrote"]:
+                assert any(each is wrote for each in claimed), f"{node} writes to its input"
+            if node.meta["shares"]:
+                assert not is_fresh(node, view), f"{node} shares storage with its input"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_write_and_no_sharing_of_a_call_is_overlooked(call):
+    names = {"torch": torch, "F": F, "nn": nn, "operator": operator, "node_of": node_of}
+    check(observed(Model(lambda m, x, y: eval(call, {**names, "x": x.clone()}))))
+
+
+MODULES = [
+    *(getattr(nn, name)() for name in ACTIVATIONS.split()),
+    *(getattr(nn, name)(inplace=True) for name in MAY_WRITE.split()),
+    *(nn.Threshold(0.0, 1.0), nn.Threshold(0.0, 1.0, inplace=True), nn.Softmax(-1), nn.GLU()),
+    *(nn.Dropout(), nn.Dropout(inplace=True), nn.Identity(), nn.Flatten(0), nn.Flatten(1)),
+    *(nn.Unflatten(0, (1, 2)), nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4)),
+    *(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.Conv1d(2, 2, 1)),
+    *(nn.MaxPool1d(1), nn.AvgPool1d(1), nn.AdaptiveAvgPool1d(4), nn.AdaptiveMaxPool1d(4)),
+    *(nn.LPPool1d(1, 1), nn.ConvTranspose1d(2, 2, 1), nn.ReLU().train(), nn.Sequential()),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_no_write_and_no_sharing_of_a_module_is_overlooked(module):
+    check(observed(Model(lambda m, x, y: m.leaf(x.clone()), leaf=module).eval()))
+
+
+def test_storage_is_a_value_and_all_that_it_may_be_a_view_of():
+    def forward(m, x, y):
+        a = torch.tanh(x).view(8)[1:]
+        return a + y
+
+    view = view_of(Model(forward))
+    names = {node.name for node in Effects(view).storage(node_named(view, "getitem"))}
+    assert names == {"getitem", "view", "tanh"}
+    assert Effects(view).storage(node_named(view, "add")) == {node_named(view, "add")}
+
+
+def test_writes_are_found_in_order_and_between_two_nodes():
+    def forward(m, x, y):
+        a = torch.tanh(x)
+        a.add_(1)
+        b = torch.sin(a)
+        b.mul_(2)
+        return torch.cos(b).neg_()
+
+    view = view_of(Model(forward))
+    effects, at = Effects(view), lambda name: node_named(view, name)
+    between = lambda a, b: [n.name for n in effects.writes_between(at(a), at(b))]  # noqa: E731
+    assert between("tanh", "sin") == ["add_"]
+    assert between("x", "neg_") == ["add_", "mul_"]
+    assert between("sin", "sin") == between("add_", "mul_") == []
+    effects.forget(at("mul_"))
+    assert between("x", "neg_") == ["add_"]
+    effects.note(at("mul_"))
+    assert between("cos", "neg_") == []
+    assert "mul_" in between("x", "neg_")
+
+
+def test_a_later_write_to_a_value_or_to_a_view_of_it_is_found():
+    def forward(m, x, y):
+        a, b = torch.tanh(x), torch.tanh(y)
+        a.view(8)[1:].zero_()
+        return a + b
+
+    view = view_of(Model(forward))
+    effects = Effects(view)
+    tanh, other, zero = (node_named(view, name) for name in ("tanh", "tanh_1", "zero_"))
+    assert effects.later_write(tanh, after=tanh) is zero
+    assert effects.later_write(tanh, after=zero) is None
+    assert effects.later_write(other, after=tanh) is None
+
+
+def test_tensors_of_the_model_that_its_forward_writes_to_are_known():
+    def forward(m, x, y):
+        m.buffer.view(8).add_(1)
+        return x + m.buffer
+
+    model = Model(forward)
+    effects = Effects(view_of(model))
+    assert effects.writes_to(model.buffer)
+    assert not effects.writes_to(torch.ones(2, 4))
+
+
+def r(name, pattern, build):
+    return fxr.rule(pattern=pattern, name=name)(build)
+
+
+def sides(m):
+    return (m.a.kwargs["other" if m.a.takes == "input" else "input"],)
+
+
+def sigmoid_add(x, y):
+    return torch.sigmoid(x) + y
+
+
+class Sum(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+ADD = fxr.call(operator.add)
+RULES = [
+    r("skip", fxr.chain(i=nn.Identity), lambda m: fxr.Bypass()),
+    r("positive", fxr.chain(s=nn.Sigmoid, r=nn.ReLU), lambda m: fxr.Replace(nn.Sigmoid())),
+    r("twice", fxr.chain(a=fxr.call("neg"), b=fxr.call("neg")), lambda m: fxr.Bypass()),
+    r(
+        "no view",
+        fxr.chain(v=fxr.call("view"), a=ADD),
+        lambda m: fxr.Replace(Sum(), None, sides(m)),
+    ),
+    r("spell", fxr.chain(s=nn.Sigmoid, a=ADD), lambda m: fxr.Call(sigmoid_add, *sides(m))),
+    r("relu", fxr.chain(a=fxr.call("abs"), r=nn.ReLU), lambda m: fxr.Call(torch.abs)),
+]
+OPS = {
+    "identity": lambda m, a, b: m.identity(a),
+    "sigmoid": lambda m, a, b: m.sigmoid(a),
+    "relu": lambda m, a, b: m.relu(a),
+    "relu in place": lambda m, a, b: m.relu_(a),
+    "abs": lambda m, a, b: a.abs(),
+    "neg": lambda m, a, b: a.neg(),
+    "view": lambda m, a, b: a.view(2, 4),
+    "swap": lambda m, a, b: a.flip(0),
+    "add": lambda m, a, b: a + b,
+    "add_": lambda m, a, b: a.add_(b),
+    "zero a row": lambda m, a, b: a[0].zero_(),
+    "write": lambda m, a, b: a.mul_(2),
+}
+STEPS = st.lists(
+    st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 4), st.integers(0, 4)),
+    min_size=2,
+    max_size=9,
+)
+
+
+@settings(max_examples=250)
+@given(STEPS)
+def test_rewriting_never_moves_a_read_across_a_write(steps):
+    def forward(m, x, y):
+        values = [x.abs(), y]
+        for name, a, b in steps:
+            out = OPS[name](m, values[-1 - a % len(values)], values[-1 - b % len(values)])
+            if name != "zero a row":
+                values.append(out)
+        return values
+
+    relu, relu_ = nn.ReLU(), nn.ReLU(inplace=True)
+    model = Model(forward, identity=nn.Identity(), sigmoid=nn.Sigmoid(), relu=relu, relu_=relu_)
+    result, _ = fxr.rewrite(model.eval(), RULES)
+    inputs = [torch.linspace(-1, 1, 8).view(2, 4), torch.linspace(2, -1, 8).view(2, 4)]
+    given = [[each.clone() for each in inputs] for _ in range(2)]
+    torch.testing.assert_close(result(*given[0]), model(*given[1]), rtol=0, atol=0)
+    torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)
+
+
+class Scaled(nn.Module):
+    """What this package can't know to return new storage."""
+
+    def forward(self, x):
+        return x * 1
+
+
+SAME_VALUE = {
+    "Bypass": lambda m: fxr.Bypass(),
+    "Call of an identity": lambda m: fxr.Call(lambda x: x),
+    "Call of a view": lambda m: fxr.Call(lambda x: x.view(2, 4)),
+    "Replace by an identity": lambda m: fxr.Replace(nn.Identity()),
+    "Replace by what writes in place": lambda m: fxr.Replace(nn.LeakyReLU(1.0, inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", SAME_VALUE)
+@pytest.mark.parametrize("leaf", [nn.ReLU, Scaled])
+@pytest.mark.parametrize("writes_to", ["input", "output"])
+def test_two_values_do_not_become_one_that_is_written_to(name, leaf, writes_to):
+    def forward(m, x, y):
+        x = x.abs()
+        out = m.leaf(x)
+        (x if writes_to == "input" else out).add_(1)
+        return x, out
+
+    model = Model(forward, leaf=leaf()).eval()
+    result, _ = fxr.rewrite(model, r("same", fxr.chain(leaf=leaf), SAME_VALUE[name]))
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    torch.testing.assert_close(result(x, x), model(x, x), rtol=0, atol=0)
+
+
+def test_a_new_module_does_not_write_to_what_others_read():
+    def forward(m, x, y):
+        x = x.abs() - 0.5
+        return m.leaf(x), x
+
+    model = Model(forward, leaf=nn.ReLU()).eval()
+    in_place = r("in place", fxr.chain(r=nn.ReLU), lambda m: fxr.Replace(nn.ReLU6(inplace=True)))
+    result, _ = fxr.rewrite(model, in_place)
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    torch.testing.assert_close(result(x, x), model(x, x), rtol=0, atol=0)

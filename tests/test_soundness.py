@@ -1,0 +1,329 @@
+"""The ten invariants of the engine over random models, and tests that fail without each."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import checks
+import nets
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from nets import Forward, X, bn, conv
+from torch import fx, nn
+
+import fxrewrite as fxr
+
+Case = tuple[nn.Module, torch.Tensor]
+
+
+@given(strategies.models())
+def test_outputs_are_the_same_in_float64(case: Case) -> None:
+    """The result computes what the model computes, to 1e-9 of its largest output."""
+    model, x = case
+    fused = fxr.fuse(model)
+    expected = checks.outputs(copy.deepcopy(model), x)
+    assert checks.largest_error(expected, checks.outputs(fused, x)) <= 1e-9
+
+
+@given(strategies.models())
+def test_float32_loses_no_more_than_the_model_itself(case: Case) -> None:
+    """In float32 the result is about as close to the float64 outputs as the model is.
+
+    A fold rounds each weight and bias once more, and saves the roundings of the batch norm; so the
+    error may be a small multiple of the model's own, which shows how ill-conditioned the model is,
+    plus one dot product's worth: 3 ** 3 * 4 products and a bias, half an ulp each.
+    """
+    model, x = case
+    expected = checks.outputs(copy.deepcopy(model), x)
+    model, x = model.float(), x.float()
+    fused = fxr.fuse(model)
+    by_model = checks.largest_error(expected, checks.outputs(copy.deepcopy(model), x))
+    by_result = checks.largest_error(expected, checks.outputs(fused, x))
+    assert by_result <= 4 * by_model + 109 * 2**-24
+
+
+@given(strategies.models())
+def test_a_second_rewrite_applies_nothing(case: Case) -> None:
+    """What could be folded was folded: rewriting the result again applies nothing."""
+    assert not fxr.plan(fxr.fuse(case[0]), "conv_bn").applied
+
+
+@given(strategies.models())
+def test_the_model_is_untouched(case: Case) -> None:
+    """Invariant 1: module tree, attributes, hooks, modes and tensors stay, object for object."""
+    before = checks.Record(case[0])
+    fxr.rewrite(case[0], "conv_bn", case[1])
+    before.assert_unchanged()
+
+
+@given(strategies.models())
+def test_only_folded_convolutions_hold_new_tensors(case: Case) -> None:
+    """Invariant 1: the only tensors that are not the model's own are weight and bias of a fold."""
+    fused, report = fxr.rewrite(case[0], "conv_bn")
+    known = {id(each) for each in case[0].state_dict(keep_vars=True).values()}
+    new = {k for k, v in fused.state_dict(keep_vars=True).items() if id(v) not in known}
+    became = {finding.became for finding in report.applied}
+    assert new <= {f"{name}.{tensor}" for name in became for tensor in ("weight", "bias")}
+
+
+def test_a_second_reader_of_the_chain_refuses_it() -> None:
+    """Invariant 2: a convolution whose output is read by more than the batch norm is not folded."""
+    model = Forward(lambda m, x: (m.bn(y := m.conv(x)), y), conv=conv(), bn=bn())
+    _, report = checks.folded(model, X, applied=0)
+    assert "is also read by the model's output" in report.why("bn")
+
+
+@fxr.rule(pattern=fxr.chain(same=nn.Identity, act=nn.ReLU))
+def relu_alone(m: Any) -> fxr.Replace:
+    return fxr.Replace(nn.ReLU(), slot="act")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda y, x: x.mul_(-1.0), lambda y, x: x[:1].mul_(-1.0), lambda y, x: x.t().neg_()],
+    ids=["itself", "a part", "a view"],
+)
+def test_a_write_to_what_the_chain_has_read(write: Any) -> None:
+    """Invariant 2: where a chain's first step is a view, a write between its steps refuses it."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        z = x + 1.0
+        y = m.same(z)
+        write(y, z)
+        return m.act(y)
+
+    model = Forward(forward, same=nn.Identity(), act=nn.ReLU())
+    result, report = fxr.rewrite(model, relu_alone)
+    x = nets.random_input((3, 4))
+    assert torch.equal(result(x), model(x))
+    assert "in place to what the chain reads" in report.why("act")
+
+
+def test_a_chain_that_writes_to_its_own_input() -> None:
+    """Invariant 2: an in-place step whose input is read again is not replaced by a pure one."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        z = x + 1.0
+        return m.act(m.same(z)) + z
+
+    model = Forward(forward, same=nn.Identity(), act=nn.ReLU(inplace=True))
+    result, report = fxr.rewrite(model, relu_alone)
+    assert torch.equal(result(X), model(X))
+    assert "act (ReLU) writes in place to add" in report.why("act")
+
+
+def test_another_call_keeps_its_module() -> None:
+    """Invariant 3: only the folded call moves, to a fresh name; the old module stays as it is."""
+    model = Forward(lambda m, x: m.bn(m.conv(x)) + m.conv(x), conv=conv(), bn=bn())
+    fused, report = checks.folded(model, X, applied=1)
+    assert fused.get_submodule("conv") is model.conv
+    assert report.applied[0].became == "conv_1"
+
+
+def test_sites_of_the_same_modules_share_one_new_module() -> None:
+    """Invariant 3: one convolution with one batch norm, called twice, becomes one module."""
+    model = Forward(lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv(x + 1)), conv=conv(), bn=bn())
+    fused, report = checks.folded(model, X, applied=2)
+    assert len({finding.became for finding in report.applied}) == 1
+    assert len(list(fused.parameters())) == 2
+
+
+def test_other_keys_of_the_state_dict_survive() -> None:
+    """Invariant 3: what was not folded keeps its key, and what is used no more goes."""
+    model = Forward(lambda m, x: m.last(m.bn(m.conv(x))), conv=conv(), bn=bn(), last=conv())
+    fused, _ = checks.folded(model, X, applied=1)
+    assert fused.state_dict().keys() == {
+        f"{name}.{tensor}" for name in ("conv", "last") for tensor in ("weight", "bias")
+    }
+
+
+def test_a_hook_that_changes_a_value_still_does() -> None:
+    """Invariant 4: a convolution with a hook is refused, with the hook as the reason."""
+    model = Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    model.conv.register_forward_hook(nets.halve_output)
+    _, report = checks.folded(model, X, applied=0)
+    assert "forward hook" in report.why("bn")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_folded_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    """Invariant 5: each new weight is the float64 product, half an ulp off at most."""
+    model = nets.randomise(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))).to(dtype)
+    nn.init.uniform_(model[1].weight, 0.5, 2.0)
+    old, norm = model[0].weight.double(), copy.deepcopy(model[1]).double()
+    exact = old * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
+    normal = exact.abs() > torch.finfo(dtype).tiny
+    error = ((fxr.fuse(model).get_submodule("0").weight - exact) / exact).abs()[normal]
+    assert error.max() <= torch.finfo(dtype).eps / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_what_overflows_is_refused(dtype: torch.dtype) -> None:
+    """Invariant 5: a new weight beyond the range of its type refuses the fold."""
+    model = nets.randomise(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))).to(dtype)
+    with torch.no_grad():
+        model[0].weight.fill_(torch.finfo(dtype).max / 2)
+        model[1].weight.fill_(4.0)
+        model[1].running_var.fill_(1.0)
+    report = fxr.plan(model, "conv_bn")
+    name = str(dtype).removeprefix("torch.")
+    assert f"the new weight would not be finite in {name}" in report.why("1")
+
+
+@given(strategies.models())
+def test_twice_the_same(case: Case) -> None:
+    """Invariant 6: two rewrites give the same code, state and report, to the byte."""
+    (one, report), (two, again) = (fxr.rewrite(case[0], "conv_bn") for _ in range(2))
+    assert report.to_json() == again.to_json()
+    assert one.code == two.code
+    assert list(one.state_dict()) == list(two.state_dict())
+
+
+_PRINT_A_REWRITE = """
+import nets, torch, fxrewrite as fxr
+from torch import nn
+torch.manual_seed(0)
+shared = nn.Conv2d(4, 4, 1)
+parts = [nn.Sequential(shared, nn.BatchNorm2d(4)) for _ in range(5)]
+fused, report = fxr.rewrite(nets.randomise(nn.Sequential(*parts, shared)), "conv_bn")
+print(report.to_json(), fused.code, list(fused.state_dict()))
+"""
+
+
+def test_the_same_in_every_process() -> None:
+    """Invariant 6: nothing depends on the order of a set, which differs between processes."""
+
+    def printed(hash_seed: str) -> bytes:
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        folder = Path(__file__).parent
+        command = [sys.executable, "-c", _PRINT_A_REWRITE]
+        return subprocess.run(
+            command, env=environment, cwd=folder, check=True, capture_output=True
+        ).stdout
+
+    first = printed("1")
+    assert b'"applied": 5' in first
+    assert printed("2") == first
+
+
+def test_cost_is_linear() -> None:
+    """Invariant 7: the second hundred blocks cost what the first hundred did."""
+    start, half, whole = map(checks.executed, (1, 51, 101))
+    assert (whole - half) == pytest.approx(half - start, rel=0.01)
+
+
+def test_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 7: however many sites are rewritten, the graph is checked and compiled once."""
+    model, calls = nets.chain_of_blocks(3), Counter[str]()
+    for name in ("lint", "python_code"):
+        method = getattr(fx.Graph, name)
+
+        def counted(self: fx.Graph, *args: Any, _of: Any = method, **kwargs: Any) -> Any:
+            calls[_of.__name__] += len(self.nodes) > 0
+            return _of(self, *args, **kwargs)
+
+        monkeypatch.setattr(fx.Graph, name, counted)
+    fxr.rewrite(model, "conv_bn", expect={"conv_bn": 3})
+    assert calls == {"lint": 1, "python_code": 1}
+
+
+def test_conv_bn_bn_folds_in_one_pass() -> None:
+    """Invariant 7: what a rule made is looked at again at once."""
+    model = Forward(lambda m, x: m.other(m.bn(m.conv(x))), conv=conv(), bn=bn(), other=bn())
+    fused, _ = checks.folded(model, X, applied=2)
+    assert [n.target for n in fused.graph.nodes if n.op == "call_module"] == ["conv"]
+
+
+def test_rules_that_feed_each_other() -> None:
+    """Invariant 7: rules that undo each other raise, and the error names both."""
+
+    @fxr.rule(pattern=fxr.chain(act=nn.ReLU))
+    def relu_to_gelu(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.GELU())
+
+    @fxr.rule(pattern=fxr.chain(act=nn.GELU))
+    def gelu_to_relu(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.ReLU())
+
+    model = nn.Sequential(nn.ReLU()).eval()
+    with pytest.raises(fxr.RuleError, match=r"feed each other: gelu_to_relu, relu_to_gelu"):
+        fxr.rewrite(model, [relu_to_gelu, gelu_to_relu])
+
+
+def raise_an_error(m: Any) -> None:
+    raise ZeroDivisionError("by the rule")
+
+
+@pytest.mark.parametrize(
+    "misdeed",
+    [
+        lambda m: m.conv.weight.data.mul_(2.0),
+        lambda m: setattr(m.conv, "stride", (2, 2)),
+        lambda m: setattr(m.conv, "bias", None),
+        lambda m: m.bn.register_forward_hook(nets.halve_output),
+        raise_an_error,
+    ],
+    ids=["writes", "sets an attribute", "sets a parameter", "adds a hook", "raises"],
+)
+def test_a_rule_that_misbehaves(misdeed: Any) -> None:
+    """Invariant 8: a rule that raises or changes its match fails the rewrite, and all is as it was.
+
+    The error names rule and site, also where earlier sites were rewritten already.
+    """
+
+    @fxr.rule(pattern=fxr.chain(conv=nn.Conv2d, bn=nn.BatchNorm2d))
+    def bad(m: Any) -> fxr.Replace:
+        if m.conv.out_channels == 4:
+            misdeed(m)
+        return fxr.Replace(nn.Conv2d(4, m.conv.out_channels, 1), slot="conv")
+
+    first = [nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)]
+    model = nets.randomise(nn.Sequential(*first))
+    before = checks.Record(model)
+    with pytest.raises(fxr.RuleError, match=r"rule 'bad' .*test_soundness.* at 2 -> 3: it "):
+        fxr.rewrite(model, bad)
+    before.assert_unchanged(versions=False)  # putting a tensor back is a write, too
+
+
+@given(strategies.models())
+def test_every_batch_norm_is_accounted_for(case: Case) -> None:
+    """Invariant 9: one finding for each call of a batch norm, one for each that is not called."""
+    model, x = case
+    report = fxr.plan(model, "conv_bn")
+    found = Counter(id(model.get_submodule(each.anchor)) for each in report.findings)
+    assert found == {at: max(1, n) for at, n in checks.calls_of_batch_norms(model, x).items()}
+    outcomes = (report.applied, report.refused, report.missed)
+    assert sum(map(len, outcomes)) == len(report.findings)
+    assert all(each.reason for each in (*report.refused, *report.missed))
+
+
+@pytest.mark.parametrize("answer", [True, False, 0, ["why"]])
+def test_a_guard_answers_with_none_or_a_reason(answer: Any) -> None:
+    """Invariant 10: a guard that returns anything but None or a string is an error."""
+
+    @fxr.rule(pattern=fxr.chain(act=nn.ReLU), where=[lambda m: answer])
+    def guarded(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.GELU())
+
+    with pytest.raises(fxr.RuleError, match="rule 'guarded'"):
+        fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), guarded)
+
+
+@pytest.mark.parametrize("answer", [None, "not today", nn.GELU()])
+def test_a_rule_does_not_decline(answer: Any) -> None:
+    """Invariant 10: a rule returns an action; None, a reason or a bare module is an error."""
+
+    @fxr.rule(pattern=fxr.chain(act=nn.ReLU))
+    def declining(m: Any) -> Any:
+        return answer
+
+    with pytest.raises(fxr.RuleError, match="rule 'declining'"):
+        fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), declining)
