@@ -36,13 +36,16 @@ _FRESH_CALLS = frozenset(
 
 
 class Effects:
-    """The in-place writes of a graph, in order, and the attributes of the model they reach."""
+    """The in-place writes of a graph, in order.
+
+    `written_tensors` are the identities of the model's tensors that they reach.
+    """
 
     def __init__(self, view: GraphView) -> None:
         self._view = view
         self._writes = [node for node in view.graph.nodes if written_by(node, view)]
         self._live = set(self._writes)
-        self._written_tensors = {
+        self.written_tensors = {
             id(view.attribute(origin))
             for write in self._writes
             for value in written_by(write, view)
@@ -59,10 +62,6 @@ class Effects:
     def forget(self, node: fx.Node) -> None:
         """Note that a node is gone."""
         self._live.discard(node)
-
-    def writes_to(self, tensor: torch.Tensor) -> bool:
-        """Whether some node writes to this tensor of the model."""
-        return id(tensor) in self._written_tensors
 
     def writes_between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
         """The writes strictly between two nodes, in graph order."""
@@ -147,10 +146,9 @@ def hands_on(module: nn.Module | None) -> bool:
 
 def writes_in_place(module: nn.Module | None) -> bool:
     """Whether a module, or one in it, says that it writes to its input."""
-    if module is None:
-        return False
-    inner = module.modules() if module._modules else (module,)
-    return any(each.__dict__.get("inplace") is True for each in inner)
+    if module is None or not module._modules:
+        return module is not None and module.__dict__.get("inplace") is True
+    return any(each.__dict__.get("inplace") is True for each in module.modules())
 
 
 def _base_name(function: Any) -> str:

@@ -110,12 +110,12 @@ class Matcher:
 
     def _upstream(self, i: int, step: Step, node: fx.Node) -> list[Link] | None:
         """The links of steps `..i` that feed this node, and its own."""
+        if i >= 0 and self.pattern.steps[i].repeats:
+            return self._repeated(i, step, node)
         inputs = self._inputs(step, node)
         if i < 0:
             return [_link(step, node, inputs, 0)] if inputs else None
         wanted = self.pattern.steps[i]
-        if wanted.repeats:
-            return self._repeated(i, step, node)
         for at, (_, producer) in enumerate(inputs):
             if accepts(wanted, producer, self.view):
                 links = self._upstream(i - 1, wanted, producer)

@@ -11,6 +11,11 @@ from torch.nn.utils import parametrize
 
 M = TypeVar("M", bound=nn.Module)
 
+# Where every module keeps its parameters, buffers, children and hooks.
+_REGISTRIES = tuple(
+    name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
+)
+
 
 def _parent_name(target: str) -> tuple[str, str]:
     """Split a qualified name into its parent's name and the name below it.
@@ -134,11 +139,9 @@ def evolve(module: M, /, **changes: Any) -> M:
         AttributeError: the module has nothing of that name.
     """
     new = type(module).__new__(type(module))
-    # Every registry of a module (parameters, buffers, hooks, children) is a dict or a set.
-    new.__dict__ = {
-        name: value.copy() if isinstance(value, (dict, set)) else value
-        for name, value in module.__dict__.items()
-    }
+    new.__dict__ = state = module.__dict__.copy()
+    for registry in _REGISTRIES:
+        state[registry] = state[registry].copy()
     new.__dict__.pop("_compiled_call_impl", None)
     for name, value in changes.items():
         if name in new._parameters:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 _ABSENT = object()
+_IMMUTABLE = frozenset({bool, int, float, str, tuple, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -88,8 +89,9 @@ class ModelState:
             for registry in (module.__dict__, module._buffers, module._modules):
                 if registry:
                     self._registries.append((name, registry, registry.copy()))
-            for key in module.__dict__.keys() - _OF_EVERY_MODULE:
-                self._hold(f"{name}.{key}", module.__dict__[key])
+            for key, value in module.__dict__.items():
+                if type(value) not in _IMMUTABLE and key not in _OF_EVERY_MODULE:
+                    self._hold(f"{name}.{key}", value)
             for key in module._buffers if buffers else ():
                 self._hold(f"{name}.{key}", module._buffers[key])
 
@@ -170,7 +172,8 @@ def _changed(before: Any, now: Any) -> str | None:
     if isinstance(now, list):
         same = len(now) == len(before) and all(map(operator.is_, now, before))
         return None if same else ""
-    if list(now) == list(before) and all(map(operator.is_, before.values(), now.values())):
+    same_keys = len(now) == len(before) and all(map(operator.eq, before, now))
+    if same_keys and all(map(operator.is_, before.values(), now.values())):
         return None
     union = {**before, **now}
     changed = (k for k in union if before.get(k, _ABSENT) is not now.get(k, _ABSENT))

@@ -57,14 +57,14 @@ def action_refusal(
 ) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
     x, first = site.input, site.links[0].node
-    own = {*site.nodes, *made.nodes}
     for write in effects.writes_between(first, made.place) if made.place is not first else ():
-        if write not in own and _touches(write, x, view, effects):
+        if write not in site.nodes and _touches(write, x, view, effects):
             return f"{describe(write, view)} writes in place to what the chain reads"
     before, after = _chain_relation(site, view), _new_relation(x, effects, action, made)
     writes = _writes_to(x, view, effects, action, made)
     if not writes and before == after != "unknown":
         return None
+    own = {*site.nodes, *made.nodes}
     seen = _seen_elsewhere(x, own, effects)
     if seen is None:
         return None
@@ -148,7 +148,7 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
             continue
         if type(tensor) not in _PLAIN_TENSORS:
             return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
-        if effects.writes_to(tensor):
+        if id(tensor) in effects.written_tensors:
             return f"holds {name}, which the model writes to in its forward"
     return None
 

@@ -41,8 +41,8 @@ class GraphView:
         """The module that a node calls, or None where it calls none."""
         if node.op != "call_module":
             return None
-        target = str(node.target)
-        return self.placed[target] if target in self.placed else self.modules.get(target)
+        placed: nn.Module | None = self.placed.get(node.target)  # type: ignore[arg-type]
+        return placed if placed is not None else self.modules.get(node.target)
 
     def attribute(self, node: fx.Node) -> Any:
         """The value that a `get_attr` node reads."""

@@ -562,9 +562,24 @@ def test_a_right_fold_passes_and_a_wrong_one_fails_in_each_dtype(dtype: torch.dt
     assert not verify(original, fused, (x,)).same
 
 
-def test_random_numbers_in_a_forward_are_the_same_for_both() -> None:
-    """A model that draws random numbers is compared with the same draws."""
-    assert _verdict(lambda x: x + torch.rand(2), lambda x: torch.rand(2) + x).same
+def test_random_numbers_in_a_forward_are_the_same_in_each_run() -> None:
+    """A model that draws random numbers gets the same draws, and the caller's go on as before."""
+    draws = _Gives(lambda x: x + torch.rand(2))
+    before = torch.get_rng_state()
+    assert verify(draws, copy.deepcopy(draws), (_X,)).same
+    first = run(draws, (_X,))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(run(draws, (_X,)), first)
+
+
+def test_overflow_that_both_share_is_no_difference() -> None:
+    """Where both overflow in half precision, and float64 does not, the rest is compared."""
+    x = _X.half()
+    overflows = _Gives(lambda x: x * 3e4)
+    assert torch.isinf(run(overflows, (x,))).any()
+    assert verify(overflows, copy.deepcopy(overflows), (x,)).same
+    assert not verify(overflows, _Gives(lambda x: x * 2.9e4 * (1 + 9 * (x > 3))), (x,)).same
 
 
 def test_verifying_and_timing_leave_inputs_and_model_alone() -> None:

@@ -197,120 +197,123 @@ def test_tensors_of_the_model_that_its_forward_writes_to_are_known():
 
     model = Model(forward)
     effects = Effects(view_of(model))
-    assert effects.writes_to(model.buffer)
-    assert not effects.writes_to(torch.ones(2, 4))
+    assert effects.written_tensors == {id(model.buffer)}
 
 
-def r(name, pattern, build):
-    return fxr.rule(pattern=pattern, name=name)(build)
-
-
-def sides(m):
-    return (m.a.kwargs["other" if m.a.takes == "input" else "input"],)
-
-
-def sigmoid_add(x, y):
-    return torch.sigmoid(x) + y
-
-
-class Sum(nn.Module):
-    def forward(self, x, y):
-        return x + y
-
-
-ADD = fxr.call(operator.add)
-RULES = [
-    r("skip", fxr.chain(i=nn.Identity), lambda m: fxr.Bypass()),
-    r("positive", fxr.chain(s=nn.Sigmoid, r=nn.ReLU), lambda m: fxr.Replace(nn.Sigmoid())),
-    r("twice", fxr.chain(a=fxr.call("neg"), b=fxr.call("neg")), lambda m: fxr.Bypass()),
-    r(
-        "no view",
-        fxr.chain(v=fxr.call("view"), a=ADD),
-        lambda m: fxr.Replace(Sum(), None, sides(m)),
-    ),
-    r("spell", fxr.chain(s=nn.Sigmoid, a=ADD), lambda m: fxr.Call(sigmoid_add, *sides(m))),
-    r("relu", fxr.chain(a=fxr.call("abs"), r=nn.ReLU), lambda m: fxr.Call(torch.abs)),
-]
-OPS = {
-    "identity": lambda m, a, b: m.identity(a),
-    "sigmoid": lambda m, a, b: m.sigmoid(a),
-    "relu": lambda m, a, b: m.relu(a),
-    "relu in place": lambda m, a, b: m.relu_(a),
-    "abs": lambda m, a, b: a.abs(),
-    "neg": lambda m, a, b: a.neg(),
-    "view": lambda m, a, b: a.view(2, 4),
-    "swap": lambda m, a, b: a.flip(0),
-    "add": lambda m, a, b: a + b,
-    "add_": lambda m, a, b: a.add_(b),
-    "zero a row": lambda m, a, b: a[0].zero_(),
-    "write": lambda m, a, b: a.mul_(2),
-}
-STEPS = st.lists(
-    st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 4), st.integers(0, 4)),
-    min_size=2,
-    max_size=9,
-)
-
-
-@settings(max_examples=250)
-@given(STEPS)
-def test_rewriting_never_moves_a_read_across_a_write(steps):
-    def forward(m, x, y):
-        values = [x.abs(), y]
-        for name, a, b in steps:
-            out = OPS[name](m, values[-1 - a % len(values)], values[-1 - b % len(values)])
-            if name != "zero a row":
-                values.append(out)
-        return values
-
-    relu, relu_ = nn.ReLU(), nn.ReLU(inplace=True)
-    model = Model(forward, identity=nn.Identity(), sigmoid=nn.Sigmoid(), relu=relu, relu_=relu_)
-    result, _ = fxr.rewrite(model.eval(), RULES)
-    inputs = [torch.linspace(-1, 1, 8).view(2, 4), torch.linspace(2, -1, 8).view(2, 4)]
-    given = [[each.clone() for each in inputs] for _ in range(2)]
-    torch.testing.assert_close(result(*given[0]), model(*given[1]), rtol=0, atol=0)
-    torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)
-
-
-class Scaled(nn.Module):
+class Copy(nn.Module):
     """What this package can't know to return new storage."""
 
     def forward(self, x):
         return x * 1
 
 
-SAME_VALUE = {
-    "Bypass": lambda m: fxr.Bypass(),
-    "Call of an identity": lambda m: fxr.Call(lambda x: x),
-    "Call of a view": lambda m: fxr.Call(lambda x: x.view(2, 4)),
-    "Replace by an identity": lambda m: fxr.Replace(nn.Identity()),
-    "Replace by what writes in place": lambda m: fxr.Replace(nn.LeakyReLU(1.0, inplace=True)),
+class Zero(nn.Module):
+    def forward(self, x):
+        return x * 0
+
+
+class Second(nn.Module):
+    def forward(self, x, y):
+        return y
+
+
+def other(m):
+    return m.add.kwargs["other" if m.add.takes == "input" else "input"]
+
+
+def spelt(function):
+    return lambda m: fxr.Call(function, other(m)) if hasattr(m, "add") else fxr.Call(function)
+
+
+def put(make):
+    return lambda m: fxr.Replace(make(), inputs=(other(m),) if hasattr(m, "add") else ())
+
+
+def writer():
+    return nn.LeakyReLU(1.0, inplace=True)
+
+
+BYPASS = lambda m: fxr.Bypass()  # noqa: E731
+SAME = [BYPASS, spelt(lambda x: x), spelt(lambda x: x.view(2, 4)), put(nn.Identity)]
+NEW = [spelt(lambda x: x * 1), spelt(lambda x: x.clone().mul_(1)), put(lambda: nn.LeakyReLU(1.0))]
+WRITE = [spelt(lambda x: x.mul_(2) / 2), spelt(lambda x: x.mul_(1)), put(writer)]
+SECOND = [spelt(lambda x, y: y), spelt(lambda x, y: y.view(2, 4)), put(Second)]
+WRITE_SECOND = [spelt(lambda x, y: y.mul_(2) / 2), spelt(lambda x, y: y.mul_(1))]
+ADD = fxr.call(operator.add)
+# Chains, how a model spells them, and what may take their place as far as values go.
+CHAINS: dict[str, Any] = {
+    "copy": (fxr.chain(c=Copy), lambda m, a, b: m.copy(a), [*SAME, *NEW, *WRITE]),
+    "identity": (fxr.chain(i=nn.Identity), lambda m, a, b: m.same(a), [*SAME[:3], *NEW, *WRITE]),
+    "view": (fxr.chain(v=fxr.call("view")), lambda m, a, b: a.view(2, 4), [BYPASS, SAME[1], *NEW]),
+    "negs": (
+        fxr.chain(a=fxr.call("neg"), b=fxr.call("neg")),
+        lambda m, a, b: a.neg().neg(),
+        [*SAME, *NEW, *WRITE],
+    ),
+    "abs relu": (
+        fxr.chain(a=fxr.call("abs"), r=nn.ReLU),
+        lambda m, a, b: m.relu_(a.abs()),
+        [spelt(torch.abs), spelt(lambda x: x.abs_())],
+    ),
+    "nothing and": (
+        fxr.chain(z=Zero, add=ADD),
+        lambda m, a, b: b + m.zero(a),
+        [*SECOND, *WRITE_SECOND, spelt(lambda x, y: y * 1)],
+    ),
+    "copy and": (
+        fxr.chain(c=Copy, add=ADD),
+        lambda m, a, b: m.copy(a) + b,
+        [lambda m: m.add, spelt(torch.add), spelt(lambda x, y: y.add(x))],
+    ),
 }
+STEPS = {
+    **{name: spelling for name, (_, spelling, _) in CHAINS.items()},
+    "relu in place": lambda m, a, b: m.relu_(a),
+    "abs": lambda m, a, b: a.abs(),
+    "sub": lambda m, a, b: a - b,
+    "add in place": lambda m, a, b: a.add_(b),
+    "double in place": lambda m, a, b: a.mul_(2),
+    "zero a row": lambda m, a, b: (a[0].zero_(), a)[1],
+}
+PROGRAMS = st.lists(
+    st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 3), st.integers(0, 3)),
+    min_size=2,
+    max_size=8,
+)
 
 
-@pytest.mark.parametrize("name", SAME_VALUE)
-@pytest.mark.parametrize("leaf", [nn.ReLU, Scaled])
-@pytest.mark.parametrize("writes_to", ["input", "output"])
-def test_two_values_do_not_become_one_that_is_written_to(name, leaf, writes_to):
+def check_program(chain, answer, program):
+    """That a rule changes nothing of what a program computes, or writes to."""
+
     def forward(m, x, y):
-        x = x.abs()
-        out = m.leaf(x)
-        (x if writes_to == "input" else out).add_(1)
-        return x, out
+        values = [x, y.abs()]
+        for name, a, b in program:
+            a, b = values[-1 - a % len(values)], values[-1 - b % len(values)]
+            values.append(STEPS[name](m, a, b))
+        return values[-3:]
 
-    model = Model(forward, leaf=leaf()).eval()
-    result, _ = fxr.rewrite(model, r("same", fxr.chain(leaf=leaf), SAME_VALUE[name]))
-    x = torch.linspace(-1, 1, 8).view(2, 4)
-    torch.testing.assert_close(result(x, x), model(x, x), rtol=0, atol=0)
+    children = {"copy": Copy(), "same": nn.Identity(), "zero": Zero(), "relu_": nn.ReLU(True)}
+    model = Model(forward, **children).eval()
+    rule = fxr.rule(pattern=CHAINS[chain][0], name="r")(CHAINS[chain][2][answer])
+    result, _ = fxr.rewrite(model, rule)
+    inputs = [torch.linspace(-1, 1, 8).view(2, 4), torch.linspace(2, -1, 8).view(2, 4)]
+    given = [[each.clone() for each in inputs] for _ in range(2)]
+    torch.testing.assert_close(result(*given[0]), model(*given[1]), rtol=0, atol=0)
+    torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)
 
 
-def test_a_new_module_does_not_write_to_what_others_read():
-    def forward(m, x, y):
-        x = x.abs() - 0.5
-        return m.leaf(x), x
+ANSWERS = [(name, i) for name, (_, _, answers) in CHAINS.items() for i in range(len(answers))]
 
-    model = Model(forward, leaf=nn.ReLU()).eval()
-    in_place = r("in place", fxr.chain(r=nn.ReLU), lambda m: fxr.Replace(nn.ReLU6(inplace=True)))
-    result, _ = fxr.rewrite(model, in_place)
-    x = torch.linspace(-1, 1, 8).view(2, 4)
-    torch.testing.assert_close(result(x, x), model(x, x), rtol=0, atol=0)
+
+@pytest.mark.parametrize(("chain", "answer"), ANSWERS)
+@settings(max_examples=12)
+@given(program=PROGRAMS)
+def test_a_rewrite_changes_no_value_whatever_is_written_in_place(chain, answer, program):
+    check_program(chain, answer, program)
+
+
+@pytest.mark.parametrize("write", [0, 1, 2])
+@pytest.mark.parametrize(("chain", "answer"), ANSWERS)
+def test_values_do_not_become_one_that_is_written_to(chain, answer, write):
+    program = [("abs", 0, 0), ("abs", 1, 0), (chain, 0, 1), ("double in place", write, 0)]
+    check_program(chain, answer, program)
