@@ -192,4 +192,5 @@ def _console(*, quiet: bool = False) -> Console:
 
 
 def _say(console: Console, label: str, text: str, style: str) -> None:
-    console.print(Text.assemble((f"{label:{_LABEL_WIDTH}}", style), " ", text))
+    in_one_line = " ".join(text.split())
+    console.print(Text.assemble((f"{label:{_LABEL_WIDTH}}", style), " ", in_one_line))

@@ -86,7 +86,7 @@ def _held(match: Any) -> Iterator[Any]:
         for each in captured if isinstance(captured, tuple) else (captured,):
             if isinstance(each, Call):
                 yield each.function
-                yield from pytree.tree_leaves(each.kwargs)
+                yield from pytree.tree_leaves(dict(each.kwargs))
             else:
                 yield each
 
@@ -114,7 +114,7 @@ def _tensors_given(match: Any) -> Iterator[torch.Tensor]:
 
 def _tensors_of(action: Replace | Call) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(action, Call):
-        leaves = pytree.tree_leaves((action.args, action.kwargs))
+        leaves = pytree.tree_leaves((action.args, dict(action.kwargs)))
         yield from (("constant", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
         return
     module = action.module
@@ -126,7 +126,9 @@ def _tensors_of(action: Replace | Call) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+        return True
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     # A sum shows any infinity or NaN at a fourth of the cost, but it may overflow by itself.
     if tensor.dtype.itemsize > 1 and cmath.isfinite(tensor.sum().item()):

@@ -7,7 +7,7 @@ import keyword
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
 import attrs
@@ -58,7 +58,7 @@ class Call:
         """Of a function with the arguments that follow the chain's value."""
         self.function = function
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs: Mapping[str, Any] = kwargs
         self.takes: str | None = None
         self.node: fx.Node | None = None
 
@@ -68,7 +68,9 @@ class Call:
     ) -> Call:
         """What the engine puts into a match, and a test may too: `takes` is the chain's way in."""
         call = cls(function)
-        call.kwargs, call.takes, call.node = kwargs, takes, node
+        # It stands for a call that is there, so it can't be given other arguments.
+        call.kwargs = types.MappingProxyType(kwargs)
+        call.takes, call.node = takes, node
         return call
 
     def __repr__(self) -> str:

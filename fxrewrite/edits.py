@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from .actions import Action, Bypass, Replace
@@ -17,11 +17,15 @@ from .view import GraphView
 
 @attrs.frozen(eq=False)
 class Made:
-    """What an action puts in a chain's place: its nodes, where they stand, and the new output."""
+    """What an action puts in a chain's place: its nodes, where they stand, and the new output.
+
+    `reads` are the values that it reads, or hands on, the chain's input first.
+    """
 
     nodes: tuple[fx.Node, ...]
     place: fx.Node
     result: fx.Node
+    reads: tuple[fx.Node, ...]
 
 
 def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> Made:
@@ -31,18 +35,20 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
     it here where there is a slot.
 
     Raises:
-        TypeError: a Call's function returns something other than one value of the graph.
+        TypeError: a Call's function returns something other than one value of the graph, or the
+            action reads what is no value beside the chain.
     """
     first = site.links[0].node
     if isinstance(action, Bypass):
-        return Made((), first, site.input)
+        return Made((), first, site.input, (site.input,))
     if isinstance(action, Replace):
+        reads = (site.input, *(_node_of(view, site, value) for value in action.inputs))
         place = site.last if action.inputs else first
         if slot is not None:
-            return Made((), place, slot.node)
+            return Made((), place, slot.node, reads)
         with view.graph.inserting_before(place):
             node = view.graph.create_node("call_module", "")
-        return Made((node,), place, node)
+        return Made((node,), place, node, reads)
     if action.node is not None:
         return _made_again(view, site, action.node)
     place = site.last if _Speller.reads_values(action) else first
@@ -51,14 +57,20 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
     with view.graph.inserting_before(place):
         args = tracer.lift((site.input, *action.args))
         result = action.function(*args, **tracer.lift(action.kwargs))
-    made = []
+    nodes = []
     while before.next is not place:
         before = before.next
-        made.append(before)
+        nodes.append(before)
         view.count(before, +1)
     if not isinstance(result, fx.Proxy):
         raise TypeError(f"the function of its Call returned a {type(result).__name__}, not a value")
-    return Made(tuple(made), place, result.node)
+    return _made(site, nodes, place, result.node)
+
+
+def _made(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Made:
+    read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
+    outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
+    return Made(tuple(nodes), place, result, tuple(dict.fromkeys(outside)))
 
 
 def discard(view: GraphView, made: Made) -> None:
@@ -67,10 +79,9 @@ def discard(view: GraphView, made: Made) -> None:
         _erase(view, node)
 
 
-def call_module(view: GraphView, site: Site, made: Made, target: str, action: Replace) -> None:
-    """Let a prepared node call the new module under this name, on the chain's input."""
+def call_module(view: GraphView, made: Made, target: str, module: nn.Module) -> None:
+    """Let a prepared node call the new module under this name."""
     node = made.result
-    inputs = tuple(_node_of(view, value) for value in action.inputs)
     if node not in made.nodes:
         view.count(node, -1)
         if node is not made.place:
@@ -78,11 +89,11 @@ def call_module(view: GraphView, site: Site, made: Made, target: str, action: Re
     # What FX keeps up to date on assignment is not cheap, and most sites need none of it.
     if node.target != target:
         node.target = target
-    if node.args != (site.input, *inputs):
-        node.args = (site.input, *inputs)
+    if node.args != made.reads:
+        node.args = made.reads
     if node.kwargs:
         node.kwargs = {}
-    view.place(target, action.module)
+    view.place(target, module)
     view.count(node, +1)
 
 
@@ -116,7 +127,7 @@ def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), moved)
         again = view.graph.create_node(node.op, node.target, args, kwargs)
     view.count(again, +1)
-    return Made((again,), node, again)
+    return _made(site, [again], node, again)
 
 
 def _erase(view: GraphView, node: fx.Node) -> None:
@@ -129,10 +140,12 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
 
 
-def _node_of(view: GraphView, value: Value) -> fx.Node:
+def _node_of(view: GraphView, site: Site, value: Value) -> fx.Node:
     known = value.node if isinstance(value, Value) else None
-    if known is None or known.graph is not view.graph:
+    if known is None or known.graph is not view.graph or getattr(known, "_erased", False):
         raise TypeError(f"expected a Value that this match captured, found {value!r}")
+    if known in site.nodes:
+        raise TypeError(f"{value!r} goes with the chain, so its replacement can't read it")
     return known
 
 
@@ -142,6 +155,7 @@ class _Speller(GraphAppendingTracer):
     def __init__(self, view: GraphView, site: Site) -> None:
         super().__init__(view.graph)
         self._view = view
+        self._site = site
         self._base = f"{site.last.name}_constant"
 
     @staticmethod
@@ -155,7 +169,7 @@ class _Speller(GraphAppendingTracer):
 
     def _lift_leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
-            leaf = _node_of(self._view, leaf)
+            leaf = _node_of(self._view, self._site, leaf)
         if isinstance(leaf, torch.Tensor):
             leaf = self._constant(leaf)
         return self.proxy(leaf) if isinstance(leaf, fx.Node) else leaf

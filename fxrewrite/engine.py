@@ -178,7 +178,7 @@ class Engine:
             self._effects.forget(node)
         try:
             if isinstance(action, Replace):
-                edits.call_module(self._view, site, made, target, action)
+                edits.call_module(self._view, made, target, action.module)
             nodes = edits.hand_over(self._view, site, made)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error

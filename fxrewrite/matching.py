@@ -286,4 +286,6 @@ def value_of(node: fx.Node) -> Value:
     known = node.meta.get("val")
     if not isinstance(known, torch.Tensor):
         return Value(node.name, node=node)
-    return Value(node.name, tuple(known.shape), known.dtype, node)
+    # A size that only data decides is a symbol, and no guard can go by it.
+    is_known = all(isinstance(size, int) for size in known.shape)
+    return Value(node.name, tuple(known.shape) if is_known else None, known.dtype, node)

@@ -134,7 +134,7 @@ def verify(original: nn.Module, rewritten: nn.Module, inputs: Inputs) -> Verific
         mismatch = _mismatch(a, b)
         if mismatch:
             return Verification(mismatch=f"{name} {mismatch}")
-    reference, no_reference = _reference(original, inputs, before_spec)
+    reference, no_reference = _reference(original, inputs, [a for _, a in before])
     coarsest = max(map(_usual, (*original.parameters(), *original.buffers())), default=0.0)
     checks = tuple(
         _check(name, a, b, None if reference is None else reference[i], coarsest)
@@ -158,7 +158,8 @@ def run_original(model: nn.Module, inputs: Inputs) -> Any:
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output without gradients; random numbers are the same in each run."""
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = {each.get_device() for each in inputs if each.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(SEED)
         return model(*[each.clone() for each in inputs])
 
@@ -170,8 +171,13 @@ def short(dtype: torch.dtype) -> str:
 
 def _leaves(output: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """All that a model returned, with the path to each, and the structure that held it."""
-    found, spec = pytree.tree_flatten_with_path(_without_dataclasses(output))
-    return [(f"output{pytree.keystr(path)}", leaf) for path, leaf in found], spec
+    plain = _without_dataclasses(output)
+    leaves, spec = pytree.tree_flatten(plain)
+    try:
+        paths = [pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(plain)]
+    except ValueError:  # a container that is registered without names for what it holds
+        paths = [f"[{i}]" for i in range(len(leaves))]
+    return [(f"output{path}", leaf) for path, leaf in zip(paths, leaves, strict=True)], spec
 
 
 def _without_dataclasses(value: Any) -> Any:
@@ -191,9 +197,9 @@ def _mismatch(a: Any, b: Any) -> str:
     """What two values differ in that no rounding explains; empty where there is nothing."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         if not isinstance(a, _PLAIN):
-            return f"is a {type(a).__name__}, which can't be compared"
-        both_nan = a != a and b != b
-        return "" if type(a) is type(b) and (a == b or both_nan) else f"was {a!r} and became {b!r}"
+            return f"is of type {type(a).__name__}, which can't be compared"
+        same = type(a) is type(b) and (a == b or (a != a and b != b))  # NaN is not itself
+        return "" if same else f"was {a!r} and became {b!r}"
     if a.layout != torch.strided or a.is_quantized or a.is_meta:
         return f"is a {a.layout} {short(a.dtype)} tensor on {a.device}, which can't be compared"
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -208,7 +214,7 @@ def _mismatch(a: Any, b: Any) -> str:
 
 
 def _reference(
-    original: nn.Module, inputs: Inputs, spec: pytree.TreeSpec
+    original: nn.Module, inputs: Inputs, expected: list[Any]
 ) -> tuple[list[Any] | None, str]:
     """The outputs of a float64 copy of the original, or why there are none."""
     tensors = (*original.parameters(), *original.buffers(), *inputs)
@@ -216,14 +222,14 @@ def _reference(
         return None, "the model is in float64 itself"
     try:
         model = copy.deepcopy(original)._apply(_wide)  # type: ignore[no-untyped-call]
-        leaves, found_spec = _leaves(run(model, tuple(map(_wide, inputs))))
+        leaves = [leaf for _, leaf in _leaves(run(model, tuple(map(_wide, inputs))))[0]]
     except Exception as error:
         return None, f"the model raised {type(error).__name__} in it"
-    values = [leaf for _, leaf in leaves]
-    tensors = tuple(each for each in values if isinstance(each, torch.Tensor))
-    if found_spec != spec or any(_wide_dtype(each.dtype) != each.dtype for each in tensors):
+    if list(map(_float_shape, leaves)) != list(map(_float_shape, expected)):
+        return None, "the model gives other shapes in it"
+    if any(_is_inexact(each) and _wide(each) is not each for each in leaves):
         return None, "the model converts to another dtype by itself"
-    return values, ""
+    return leaves, ""
 
 
 def _check(
@@ -264,6 +270,10 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _float_shape(value: Any) -> Any:
+    return tuple(value.shape) if _is_inexact(value) else None
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

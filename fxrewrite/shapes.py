@@ -43,6 +43,12 @@ def record_shapes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> None
     Raises:
         FxRewriteError: the model can't be called with such inputs.
     """
+    taken = sum(node.op == "placeholder" for node in module.graph.nodes)
+    if len(example_inputs) > taken:
+        raise FxRewriteError(
+            f"the model can't be called with these example_inputs: it takes {taken} arguments, "
+            f"not {len(example_inputs)}"
+        )
     before = ModelState(module, buffers=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     propagation = _Propagation(module, mode)

@@ -127,8 +127,12 @@ class _Tensor:
         self.hooked = dict(self.hooks or {})
         # A detached tensor keeps the storage when the original is given another one.
         self.data = tensor.detach()
-        self.geometry = (self.data.shape, self.data.stride(), self.data.dtype)
+        self.is_dense = tensor.layout is torch.strided and not (
+            tensor.is_quantized or tensor.is_nested or tensor.is_meta
+        )
+        self.geometry = _geometry(tensor) if self.is_dense else None
         self.copy = self.data.clone()
+        self.version = 0 if tensor.is_inference() else tensor._version
 
     def differs(self) -> bool:
         now = self.tensor
@@ -136,18 +140,19 @@ class _Tensor:
             return True
         if now._backward_hooks is not self.hooks or dict(self.hooks or {}) != self.hooked:
             return True
-        if (now.shape, now.stride(), now.dtype) != self.geometry:
+        if not self.is_dense:  # of other layouts, torch tells only what goes through its functions
+            return not now.is_inference() and now._version != self.version
+        if _geometry(now) != self.geometry:
             return True
-        if now.is_meta:
-            return False
         same_place = now.data_ptr() == self.data.data_ptr()
         return not same_place or not torch.equal(_bytes(now), _bytes(self.copy))
 
     def restore(self) -> None:
         if not self.differs():
             return
-        shape, stride, _ = self.geometry
-        self.tensor.data = self.data.as_strided(shape, stride)
+        self.tensor.data = self.data
+        if self.geometry is not None:
+            self.tensor.data = self.data.as_strided(*self.geometry[:2])
         self.tensor.data.copy_(self.copy)
         self.tensor.requires_grad_(self.requires_grad)
         self.tensor.grad = self.grad
@@ -180,6 +185,11 @@ def _changed(before: Any, now: Any) -> str | None:
     return next(map(str, changed), "")
 
 
+def _geometry(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """What a tensor holds, bit for bit: NaN is itself, and zero is not minus zero."""
-    return tensor.detach().flatten().contiguous().view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.flatten().contiguous().view(torch.uint8)

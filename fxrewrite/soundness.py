@@ -56,26 +56,37 @@ def action_refusal(
     site: Site, view: GraphView, effects: Effects, action: Action, made: Made
 ) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
-    x, first = site.input, site.links[0].node
+    first = site.links[0].node
     for write in effects.writes_between(first, made.place) if made.place is not first else ():
-        if write not in site.nodes and _touches(write, x, view, effects):
+        if write not in site.nodes and _touches(write, site.input, view, effects):
             return f"{describe(write, view)} writes in place to what the chain reads"
-    before, after = _chain_relation(site, view), _new_relation(x, effects, action, made)
-    writes = _writes_to(x, view, effects, action, made)
-    if not writes and before == after != "unknown":
-        return None
+    for value in made.reads:
+        before = _chain_relation(site, value, view)
+        after = _new_relation(value, effects, action, made)
+        writes = _writes_to(value, view, effects, action, made)
+        if writes or not before == after != "unknown":
+            reason = _storage_refusal(site, value, writes, view, effects, made)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _storage_refusal(
+    site: Site, value: fx.Node, writes: bool, view: GraphView, effects: Effects, made: Made
+) -> str | None:
+    """Why others could tell that the chain's output is no longer the same view of a value."""
     own = {*site.nodes, *made.nodes}
-    seen = _seen_elsewhere(x, own, effects)
+    seen = _seen_elsewhere(value, own, effects)
     if seen is None:
         return None
     if writes:
         return f"what replaces the chain would write in place to {describe(seen, view)}"
-    for value in (site.last, *effects.storage(x)):
-        later = effects.later_write(value, after=first)
+    for each in (site.last, *effects.storage(value)):
+        later = effects.later_write(each, after=site.links[0].node)
         if later is not None and later not in own:
             return (
                 f"{describe(later, view)} writes in place, and the rewrite would change whether "
-                "the chain's output shares storage with its input"
+                f"the chain's output shares storage with {describe(value, view)}"
             )
     return None
 
@@ -206,21 +217,26 @@ def _seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.N
 Relation = Literal["new", "same", "unknown"]
 
 
-def _chain_relation(site: Site, view: GraphView) -> Relation:
-    """How the storage of a chain's output is related to that of its input."""
-    if any(is_fresh(node, view) for node in site.nodes):
+def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
+    """How the storage of a chain's output is related to that of a value that it reads."""
+    nodes = site.nodes
+    if value is not site.input:
+        reading = [i for i, link in enumerate(site.links) if value in link.side_inputs]
+        nodes = nodes[reading[0] :] if reading else nodes
+    if any(is_fresh(node, view) for node in nodes):
         return "new"
-    return "same" if all(hands_on(view.module(node)) for node in site.nodes) else "unknown"
+    return "same" if all(hands_on(view.module(node)) for node in nodes) else "unknown"
 
 
-def _new_relation(x: fx.Node, effects: Effects, action: Action, made: Made) -> Relation:
+def _new_relation(value: fx.Node, effects: Effects, action: Action, made: Made) -> Relation:
     if isinstance(action, Replace):
         if is_fresh_module(action.module):
             return "new"
-        return "same" if hands_on(action.module) else "unknown"
-    if made.result is x:
+        only_input = len(made.reads) == 1
+        return "same" if only_input and hands_on(action.module) else "unknown"
+    if made.result is value:
         return "same"
-    return "unknown" if effects.storage(made.result) & effects.storage(x) else "new"
+    return "unknown" if effects.storage(made.result) & effects.storage(value) else "new"
 
 
 def _writes_to(x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made) -> bool:

@@ -287,6 +287,17 @@ def test_a_captured_call_can_be_returned_as_it_is(spelling):
     rewritten(model, rule(pattern, lambda m: m.call), applied=1)
 
 
+def test_a_captured_call_can_not_be_given_other_arguments():
+    def steeper(m):
+        m.call.kwargs["negative_slope"] = 0.5
+        return m.call
+
+    model = Model(lambda m, x: F.leaky_relu(m.d(x), 0.1), d=nn.Dropout()).eval()
+    pattern = fxr.chain(drop=nn.Dropout, call=fxr.call(F.leaky_relu))
+    with pytest.raises(fxr.RuleError, match="does not support item assignment"):
+        fxr.rewrite(model, rule(pattern, steeper))
+
+
 def test_bypass_leaves_nothing_of_the_chain():
     model = nn.Sequential(nn.Dropout(), nn.Linear(3, 3), nn.Dropout())
     result = rewritten(model, rule(fxr.chain(d=nn.Dropout), lambda m: fxr.Bypass()), applied=2)

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
 from fxrewrite import registry
@@ -143,7 +144,7 @@ def test_resnet18_in_a_pipe(tmp_path: Path) -> None:
     """The installed command folds all of ResNet-18; in a pipe its output has no colour codes."""
     command = [Path(sys.executable).with_name("fxrewrite"), "run", "torchvision.models:resnet18"]
     done = subprocess.run(
-        [*command, "--input", "2,3,64,64"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "--input", "1,3,32,32"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"fold_conv_bn +20 +0 +0\n", done.stdout)
@@ -454,7 +455,7 @@ def _verdict(original: Callable[..., Any], rewritten: Callable[..., Any]) -> Any
         (lambda x: {"a": x}, lambda x: {"b": x}, "the output was"),
         (lambda x: (x, 3), lambda x: (x, 4), "output[1] was 3 and became 4"),
         (lambda x: (x, 1), lambda x: (x, True), "output[1] was 1 and became True"),
-        (lambda x: (x, object()), lambda x: (x, object()), "a object, which can't be compared"),
+        (lambda x: (x, object()), lambda x: (x, object()), "is of type object, which can't"),
         (lambda x: (x, x.to_sparse()),) * 2 + ("can't be compared",),
         (lambda x: (x, x > 0), lambda x: (x, x > 2), "output[1] differs in 2 of 4 elements"),
         (lambda x: _Boxes(x, 1), lambda x: _Boxes(x, 2), "_Boxes.count'] was 1 and became 2"),
@@ -511,6 +512,25 @@ def test_an_error_in_any_tensor_of_a_nested_output_is_found(shape: Any, data: An
     verdict = _verdict(original, lambda x: _filled(shape, list(scales), x))
     assert [check.same for check in verdict.tensors] == [i != wrong for i in range(count)]
     assert not verdict.same
+
+
+class _Box:
+    """A container that pytree knows, without names for what it holds."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+pytree.register_pytree_node(_Box, lambda box: ([box.content], None), lambda x, _: _Box(x[0]))
+
+
+def test_a_container_without_names_is_compared_by_position() -> None:
+    """A registered container that can't name what it holds is compared all the same."""
+    verdict = _verdict(lambda x: (x, _Box(x)), lambda x: (x, _Box(x * 1.01)))
+    assert [(check.name, check.same) for check in verdict.tensors] == [
+        ("output[0]", True),
+        ("output[1]", False),
+    ]
 
 
 def test_noise_is_told_from_error() -> None:

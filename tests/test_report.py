@@ -253,3 +253,9 @@ def test_an_anchor_that_a_chain_takes_in_is_not_reported_again():
     rule = fxr.rule(pattern=double, name="double")(lambda m: fxr.Replace(nn.ReLU()))
     report = fxr.plan(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()).eval(), rule)
     assert report.counts == {"double": {"applied": 2, "refused": 0, "missed": 1}}
+
+
+def test_a_model_that_is_itself_of_the_kind_looked_for_is_named():
+    report = fxr.plan(nn.Tanh(), drop(nn.Tanh, "drop"))
+    assert len(report.missed) == 1
+    assert "Tanh" in str(report)

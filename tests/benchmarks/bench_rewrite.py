@@ -40,9 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     load = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, {load}")
-    print(
-        "\nCPU time of a rewrite per fold, beyond symbolic_trace + recompile; conv-bn-relu blocks"
-    )
+    print("\nCPU time per fold, beyond symbolic_trace + recompile, on a chain of conv-bn-relu")
     # A full collection costs what the whole process holds, so one that happens to fall into a call
     # tells little of that call. `timeit` leaves them out; a user does not.
     print("Garbage collector off, as timeit does it:")
