@@ -159,6 +159,9 @@ def _out_of_reach(view: GraphView, rules: Sequence[Rule[Any]]) -> list[Finding]:
                     reason = "no call of it is in the traced graph"
                     if id(module) in inside:
                         reason = f"it is inside {inside[id(module)]}"
-                    findings.append(Finding(name, "missed", rule.name, cause=reason))
+                    if not name:
+                        reason = "it is the model itself, which is traced through; wrap it"
+                    anchor = name or type(module).__name__
+                    findings.append(Finding(anchor, "missed", rule.name, cause=reason))
                     break
     return findings

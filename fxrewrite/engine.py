@@ -51,6 +51,8 @@ class Engine:
         self._declined: dict[fx.Node, Finding] = {}
         self._applied: list[tuple[int, Finding]] = []
         self._pending: list[fx.Node] = []
+        # What a rule made is no anchor of the model, and not accounted for.
+        self._made: set[fx.Node] = set()
         self._lineage: dict[fx.Node, tuple[str, ...]] = {}
         self._shared: dict[tuple[Any, ...], _Placed] = {}
 
@@ -97,8 +99,8 @@ class Engine:
             if refused is None:
                 refused = Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome)
         declined = refused or missed
-        assert declined is not None
-        self._declined[node] = declined
+        if declined is not None and node not in self._made:
+            self._declined[node] = declined
         return None
 
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
@@ -117,7 +119,7 @@ class Engine:
         reason = refusal(site, self._view, self._effects, any_mode=rule.any_mode)
         if reason is not None:
             return reason
-        modules = tuple([self._view.module(link.node) for link in site.links])
+        modules = tuple([link.module for link in site.links])
         key = (rule, *map(id, modules))
         shared = self._shared.get(key)
         decided = shared.action if shared else decide(rule, site, capture(site, self._view))
@@ -155,7 +157,7 @@ class Engine:
         """The name for a new module, and whether it is the slot's own."""
         if slot is None:
             return self._view.free_name(type(module).__name__.lower()), False
-        old, name = self._view.module(slot.node), name_of(slot.node)
+        old, name = slot.module, name_of(slot.node)
         if old is module or (old is not None and self._view.only_user(old)):
             return name, True
         return self._view.free_name(name), False
@@ -203,8 +205,10 @@ class Engine:
                 # Nothing may keep a node that is gone: its memory serves the next one.
                 self._order.pop(node, None)
                 self._lineage.pop(node, None)
+                self._made.discard(node)
                 if node in self._pending:
                     self._pending.remove(node)
+        self._made.update(made)
         if lineage:
             self._lineage.update(dict.fromkeys(made, lineage))
 

@@ -15,7 +15,7 @@ from .view import GraphView
 
 @attrs.frozen(eq=False)
 class Link:
-    """A node in its role as a step.
+    """A node in its role as a step, and the module that it calls, if it calls one.
 
     The chain enters it by the argument `takes`, whose value is `source`; `side_inputs` are the
     other values of the graph that it reads.
@@ -23,6 +23,7 @@ class Link:
 
     step: Step
     node: fx.Node
+    module: nn.Module | None
     takes: str
     source: fx.Node
     side_inputs: tuple[fx.Node, ...] = ()
@@ -114,13 +115,13 @@ class Matcher:
             return self._repeated(i, step, node)
         inputs = self._inputs(step, node)
         if i < 0:
-            return [_link(step, node, inputs, 0)] if inputs else None
+            return [self._link(step, node, inputs, 0)] if inputs else None
         wanted = self.pattern.steps[i]
         for at, (_, producer) in enumerate(inputs):
             if accepts(wanted, producer, self.view):
                 links = self._upstream(i - 1, wanted, producer)
                 if links is not None:
-                    links.append(_link(step, node, inputs, at))
+                    links.append(self._link(step, node, inputs, at))
                     return links
         if wanted.optional:
             return self._upstream(i - 1, step, node)
@@ -137,7 +138,7 @@ class Matcher:
             at = next(fits, None)
             if at is None:
                 break
-            run.append(_link(step, node, inputs, at))
+            run.append(self._link(step, node, inputs, at))
             step, node = wanted, run[-1].source
         while (links := self._upstream(i - 1, step, node)) is None and run:
             last = run.pop()
@@ -185,7 +186,7 @@ class Matcher:
                 inputs = self._inputs(wanted, reader)
                 at = next((at for at, (_, value) in enumerate(inputs) if value is node), None)
                 if at is not None:
-                    links.append(_link(wanted, reader, inputs, at))
+                    links.append(self._link(wanted, reader, inputs, at))
         return links
 
     def _inputs(self, step: Step, node: fx.Node) -> list[tuple[str, fx.Node]]:
@@ -198,21 +199,22 @@ class Matcher:
         # A chain starts from a value rather than from a parameter.
         return sorted(inputs, key=lambda entry: entry[1].op == "get_attr")
 
+    def _link(self, step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
+        takes, source = inputs[at]
+        module = self.view.module(node)
+        if len(node.args) + len(node.kwargs) == 1:
+            return Link(step, node, module, takes, source)
+        read: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), read.append)
+        read.remove(source)
+        side = tuple(each for each in read if each.op != "get_attr")
+        return Link(step, node, module, takes, source, side)
+
     def _note(self, step: int, node: fx.Node, found: list[str], *, upstream: bool) -> None:
         depth = abs(step - self.pattern.anchor)
         if self.miss is None or depth > self.miss.depth:
             beside = "" if node is self.anchor else describe(node, self.view)
             self.miss = Miss(self.pattern, step, upstream, beside, tuple(found[:3]), depth)
-
-
-def _link(step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
-    takes, source = inputs[at]
-    if len(node.args) + len(node.kwargs) == 1:
-        return Link(step, node, takes, source)
-    read: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), read.append)
-    read.remove(source)
-    return Link(step, node, takes, source, tuple(each for each in read if each.op != "get_attr"))
 
 
 def name_of(node: fx.Node) -> str:
@@ -238,7 +240,7 @@ def describe(node: fx.Node, view: GraphView) -> str:
     if node.op == "call_method":
         return f"{node.name} (.{node.target}())"
     if node.op == "placeholder":
-        return f"the model's input {node.target}"
+        return f"the model's input {node.target!r}"
     if node.op == "get_attr":
         return f"the model's attribute {node.target}"
     return "the model's output"
@@ -260,8 +262,7 @@ def capture(site: Site, view: GraphView) -> Any:
 
 
 def _captured(link: Link, view: GraphView) -> Any:
-    module = view.module(link.node)
-    plain = None if module is None else without_parametrizations(module)
+    plain = None if link.module is None else without_parametrizations(link.module)
     if not link.step.captures_call:
         return plain
     kwargs = {

@@ -31,8 +31,8 @@ def graph_module(view: GraphView) -> fx.GraphModule:
     made.training = root.training
     used = {str(n.target): n for n in graph.nodes if n.op in ("call_module", "get_attr")}
     holders = _Holders(made, root)
-    for target in sorted(used, key=lambda target: target.count(".")):
-        _install(target, used[target], holders, view)
+    for target, node in used.items():
+        _install(target, node, holders, view)
     for name in _HOOK_STATE:
         if root.__dict__.get(name) is not None:
             made.__dict__[name] = copy.copy(root.__dict__[name])

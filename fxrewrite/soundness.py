@@ -7,6 +7,7 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -35,9 +36,13 @@ _PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
 # A subclass may define these and still behave as its base does.
 _HARMLESS = frozenset(
     "__init__ __doc__ __module__ __qualname__ __annotations__ __annotate__ __annotate_func__ "
-    "__annotations_cache__ __dict__ __weakref__ __constants__ __parameters__ __orig_bases__ "
-    "__firstlineno__ __static_attributes__ __repr__ extra_repr _get_name reset_parameters".split()
+    "__annotations_cache__ __abstractmethods__ _abc_impl __dict__ __weakref__ __constants__ "
+    "__parameters__ __orig_bases__ __firstlineno__ __static_attributes__ __repr__ extra_repr "
+    "_get_name reset_parameters".split()
 )
+
+
+_ADDITIONS = (classmethod, staticmethod, bool, int, float, str, tuple)
 
 
 def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
@@ -47,7 +52,8 @@ def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) ->
     return (
         _other_reader(site, view)
         or _extra_arguments(site, view)
-        or _module_refusal(site, view, effects, any_mode)
+        or _module_refusal(site, effects, any_mode)
+        or _written_constant(site, view, effects)
         or _hazard(site, view, effects)
     )
 
@@ -131,9 +137,9 @@ def _extra_arguments(site: Site, view: GraphView) -> str | None:
     return None
 
 
-def _module_refusal(site: Site, view: GraphView, effects: Effects, any_mode: bool) -> str | None:
+def _module_refusal(site: Site, effects: Effects, any_mode: bool) -> str | None:
     for link in site.links:
-        module = view.module(link.node)
+        module = link.module
         if module is None:
             continue
         inner = module.modules() if module._modules else (module,)
@@ -175,11 +181,24 @@ def _overridden(found: type[nn.Module], wanted: tuple[type[nn.Module], ...]) -> 
 def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
     if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
         return None
+    stated = {name for cls in base.__mro__ for name in inspect.get_annotations(cls)}
     for cls in found.__mro__[: found.__mro__.index(base)]:
         for name, value in vars(cls).items():
-            is_new_function = callable(value) and not hasattr(base, name)
-            if name not in _HARMLESS and not is_new_function:
+            is_new = not hasattr(base, name) and name not in stated
+            adds = callable(value) or isinstance(value, _ADDITIONS)
+            if name not in _HARMLESS and not (is_new and adds):
                 return f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
+    return None
+
+
+def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | None:
+    """A tensor that a call step reads from the model is a constant to the rule."""
+    if not effects.written_tensors:
+        return None
+    for link in site.links:
+        for each in link.node.all_input_nodes:
+            if each.op == "get_attr" and id(view.attribute(each)) in effects.written_tensors:
+                return f"{describe(link.node, view)} reads {each.target}, which the model writes to"
     return None
 
 

@@ -90,6 +90,9 @@ def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, An
             f"the forward of {type(model).__name__} changes {changed}, which a graph can't do for "
             "it; keep the module that does so as one node with leaf_modules=, or take it out"
         )
+    for node in (*graph.find_nodes(op="placeholder"), graph.output_node()):
+        if isinstance(node.type, str):  # an annotation not evaluated, which torch.jit can't read
+            node.type = None
     return graph, constants
 
 

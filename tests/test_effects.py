@@ -317,3 +317,24 @@ def test_a_rewrite_changes_no_value_whatever_is_written_in_place(chain, answer, 
 def test_values_do_not_become_one_that_is_written_to(chain, answer, write):
     program = [("abs", 0, 0), ("abs", 1, 0), (chain, 0, 1), ("double in place", write, 0)]
     check_program(chain, answer, program)
+
+
+def test_a_constant_that_the_forward_writes_to_is_no_constant():
+    """A rule is given a buffer as a tensor, so one that changes from call to call is refused."""
+
+    class Decaying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("gain", torch.ones(4))
+
+        def forward(self, x):
+            self.gain.mul_(0.5)
+            return self.linear(x) * self.gain
+
+    pattern = fxr.chain(linear=nn.Linear, scaled=fxr.call(operator.mul))
+    rule = fxr.rule(pattern=pattern, name="r")(lambda m: fxr.Replace(m.linear))
+    report = fxr.plan(Decaying().eval(), rule)
+    assert [each.reason for each in report.refused] == [
+        "mul (mul()) reads gain, which the model writes to"
+    ]

@@ -88,6 +88,15 @@ def test_who_keeps_the_name(forward: Any, names: list[str]) -> None:
     assert checks.largest_error(checks.outputs(model, X), checks.outputs(fused, X)) <= 1e-9
 
 
+def test_other_keys_of_the_state_dict_survive() -> None:
+    """What was not folded keeps its key, and what is used no more goes."""
+    model = Forward(lambda m, x: m.last(m.bn(m.conv(x))), conv=conv(), bn=bn(), last=conv())
+    fused, _ = checks.folded(model, X, applied=1)
+    assert fused.state_dict().keys() == {
+        f"{name}.{tensor}" for name in ("conv", "last") for tensor in ("weight", "bias")
+    }
+
+
 def test_a_second_name_in_a_graph_module() -> None:
     """In a GraphModule a module is called by either of its names; one call does not move both."""
     model = Forward(lambda m, x: m.bn(m.conv(x)) + m.conv(x), conv=conv(), bn=bn())

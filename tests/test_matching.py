@@ -103,14 +103,14 @@ def test_a_repeated_step_has_no_limit():
     assert len(look(model, pattern)[0][0].m) == 1500
 
 
-def test_a_last_step_that_may_be_absent_is_left_when_its_input_is_read_elsewhere():
+@pytest.mark.parametrize("last", [nn.ReLU | None, tuple[nn.ReLU, ...]])
+def test_a_last_step_that_may_be_absent_is_left_when_its_input_is_read_elsewhere(last):
     def forward(model, x, y):
         linear = model.linear(x)
         return model.relu(linear) + linear
 
-    pattern = fxr.chain(linear=nn.Linear, relu=nn.ReLU | None)
-    matches, report = look(Model(forward), pattern)
-    assert [match.relu for match in matches] == [None]
+    matches, report = look(Model(forward), fxr.chain(linear=nn.Linear, relu=last))
+    assert [match.relu or None for match in matches] == [None]
     assert report.refused[0].reason == "only looking"
 
 
@@ -268,9 +268,24 @@ def test_a_value_read_twice_by_the_first_step_is_a_side_input_too():
     assert match.add.kwargs["other"].name == "x"
 
 
+def test_a_module_that_is_called_with_more_than_the_chain_is_refused():
+    class Gate(nn.Module):
+        def forward(self, x, gate=None):
+            return x if gate is None else x * gate
+
+    model = Model(lambda m, x, y: m.drop(x, gate=y) + m.drop(x))
+    model.drop = Gate()
+    matches, report = look(model, fxr.chain(gate=Gate))
+    assert len(matches) == 1
+    assert report.refused[0].reason == "drop (Gate) is called with a further argument: gate"
+
+
 MISSES = {
     "upstream": (lambda m, x, y: m.relu(m.drop(x)), "it reads drop (Dropout), not a Linear"),
-    "the model's input": (lambda m, x, y: m.relu(x), "it reads the model's input x, not a Linear"),
+    "the model's input": (
+        lambda m, x, y: m.relu(x),
+        "it reads the model's input 'x', not a Linear",
+    ),
     "a function": (lambda m, x, y: m.relu(torch.tanh(x)), "it reads tanh (tanh()), not a Linear"),
     "a method": (lambda m, x, y: m.relu(x.tanh()), "it reads tanh (.tanh()), not a Linear"),
     "a parameter": (

@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_why_tells_of_an_anchor_applied(report):
 def test_why_gives_the_reason_of_what_was_not_applied(report):
     assert report.why("first") == (
         "first: missed by fold_conv_bn: "
-        "it reads the model's input x, not a Conv1d, Conv2d or Conv3d"
+        "it reads the model's input 'x', not a Conv1d, Conv2d or Conv3d"
     )
     assert report.why("bad.bn").startswith(
         "bad.bn: refused by fold_conv_bn: the batch norm keeps no"
@@ -166,7 +167,7 @@ def test_printed_it_is_a_table_and_a_line_for_each_refusal_and_miss(report):
     assert len({len(line) for line in lines[:2]}) == 1
     refused, missed = lines.index("refused:"), lines.index("missed:")
     assert lines[refused + 1].startswith("  bad.bn  the batch norm keeps no running statistics")
-    assert lines[missed + 1].startswith("  first      it reads the model's input x")
+    assert lines[missed + 1].startswith("  first      it reads the model's input 'x'")
     assert lines[missed + 2].startswith("  unused.bn  no call of it")
     assert max(map(len, lines)) < 110
 
@@ -248,14 +249,65 @@ def test_a_rule_may_have_the_name_of_a_rule_set():
     assert report.counts["fold_conv_bn"]["applied"] == 0
 
 
-def test_an_anchor_that_a_chain_takes_in_is_not_reported_again():
-    double = fxr.chain(a=nn.ReLU, b=nn.ReLU)
-    rule = fxr.rule(pattern=double, name="double")(lambda m: fxr.Replace(nn.ReLU()))
-    report = fxr.plan(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()).eval(), rule)
-    assert report.counts == {"double": {"applied": 2, "refused": 0, "missed": 1}}
+@pytest.mark.parametrize("slot", ["a", "b"])
+def test_an_anchor_that_a_chain_takes_in_is_not_reported_again(slot):
+    pair = fxr.rule(pattern=fxr.chain(a=nn.ReLU, b=nn.ReLU), name="pair")
+    model = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()).eval()
+    report = fxr.plan(model, pair(lambda m: fxr.Replace(nn.ReLU(), slot=slot)))
+    assert report.counts == {"pair": {"applied": 2, "refused": 0, "missed": 0}}
+    assert [finding.anchor for finding in report.findings if finding.is_about("0")]
+
+
+def test_of_rules_that_decline_the_first_that_refused_is_reported_and_else_a_miss():
+    def declines(name, pattern):
+        return fxr.rule(pattern=pattern, name=name, where=[lambda m: f"{name} says no"])
+
+    far = declines("far", fxr.chain(a=nn.Tanh, b=nn.ReLU))(lambda m: fxr.Bypass())
+    one, two = (declines(name, fxr.chain(b=nn.ReLU))(far.build) for name in ("one", "two"))
+    model = nn.Sequential(nn.ReLU()).eval()
+    for rules, first in (([far, one, two], "one"), ([two, far, one], "two"), ([far], "far")):
+        (finding,) = fxr.plan(model, rules).findings
+        assert finding.rule == first
+        assert finding.outcome == ("missed" if first == "far" else "refused")
 
 
 def test_a_model_that_is_itself_of_the_kind_looked_for_is_named():
     report = fxr.plan(nn.Tanh(), drop(nn.Tanh, "drop"))
     assert len(report.missed) == 1
     assert "Tanh" in str(report)
+
+
+class WithConstant(nn.ReLU):
+    expansion = 4
+
+
+class Abstract(nn.ReLU, ABC):
+    pass
+
+
+class WithFactory(nn.ReLU):
+    @classmethod
+    def make(cls):
+        return cls()
+
+
+class WithHelper(nn.ReLU):
+    def helper(self):
+        return 3
+
+
+@pytest.mark.parametrize("kind", [WithConstant, Abstract, WithFactory, WithHelper])
+def test_a_subclass_that_only_adds_to_its_base_is_not_refused(kind):
+    report = fxr.plan(nn.Sequential(kind()).eval(), drop(nn.ReLU, "drop"))
+    assert report.why("0") == "0: applied by drop: 0 became nothing"
+
+
+def test_a_node_that_a_rule_made_is_no_anchor_of_the_model():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return F.relu(torch.tanh(x))
+
+    pattern = fxr.chain(tanh=fxr.call(torch.tanh), relu=fxr.call(F.relu))
+    positive = fxr.rule(pattern=pattern, name="positive")
+    report = fxr.plan(Twice(), positive(lambda m: fxr.Call(lambda x: torch.tanh(F.relu(x)))))
+    assert report.counts == {"positive": {"applied": 1, "refused": 0, "missed": 0}}

@@ -37,12 +37,11 @@ def test_a_bare_decorator_takes_name_pattern_and_doc_from_the_function():
     def drop_relu(m: Relu) -> fxr.Bypass:
         """Drop it.
 
-        With more to say.
-        """
+        With more to say."""
         return fxr.Bypass()
 
     assert (drop_relu.name, drop_relu.pattern.cls, drop_relu.doc) == ("drop_relu", Relu, "Drop it.")
-    assert (drop_relu.guards, drop_relu.any_mode) == ((), False)
+    assert (drop_relu.guards, drop_relu.any_mode, drop_relu.pure) == ((), False, False)
     assert isinstance(drop_relu(Relu(relu=nn.ReLU())), fxr.Bypass)
     path, _, line = drop_relu.source.rpartition(":")
     assert path.endswith("test_rules.py")
@@ -53,12 +52,14 @@ def test_a_decorator_with_arguments_overrides_what_the_function_says():
     def guard(m):
         return None
 
-    @fxr.rule(where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True)
+    @fxr.rule(
+        where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True, pure=True
+    )
     def drop(m: Relu):
         return fxr.Bypass()
 
     assert (drop.name, drop.pattern.cls, drop.guards) == ("other", Tanh, (guard,))
-    assert drop.any_mode
+    assert (drop.any_mode, drop.pure) == (True, True)
     assert fxr.rule()(drop.build).pattern.cls is Relu
 
 
@@ -138,6 +139,14 @@ def test_one_module_in_training_mode_is_refused_in_a_model_that_is_not():
     model[1].train()
     report = fxr.plan(model, replace_by(nn.GELU))
     assert [[f.anchor for f in fs] for fs in (report.applied, report.refused)] == [["0"], ["1"]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_result_is_in_the_mode_of_the_model_and_so_is_each_container(training):
+    model = nn.Sequential(nn.Sequential(nn.Tanh())).train(training)
+    model[0].training = not training
+    changed, _ = fxr.rewrite(model, [])
+    assert (changed.training, changed.get_submodule("0").training) == (training, not training)
 
 
 def test_the_earlier_of_two_rules_that_match_is_tried_first():

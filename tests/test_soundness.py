@@ -34,23 +34,6 @@ def test_outputs_are_the_same_in_float64(case: Case) -> None:
 
 
 @given(strategies.models())
-def test_float32_loses_no_more_than_the_model_itself(case: Case) -> None:
-    """In float32 the result is about as close to the float64 outputs as the model is.
-
-    A fold rounds each weight and bias once more, and saves the roundings of the batch norm; so the
-    error may be a small multiple of the model's own, which shows how ill-conditioned the model is,
-    plus one dot product's worth: 3 ** 3 * 4 products and a bias, half an ulp each.
-    """
-    model, x = case
-    expected = checks.outputs(copy.deepcopy(model), x)
-    model, x = model.float(), x.float()
-    fused = fxr.fuse(model)
-    by_model = checks.largest_error(expected, checks.outputs(copy.deepcopy(model), x))
-    by_result = checks.largest_error(expected, checks.outputs(fused, x))
-    assert by_result <= 4 * by_model + 109 * 2**-24
-
-
-@given(strategies.models())
 def test_a_second_rewrite_applies_nothing(case: Case) -> None:
     """What could be folded was folded: rewriting the result again applies nothing."""
     assert not fxr.plan(fxr.fuse(case[0]), "conv_bn").applied
@@ -107,19 +90,6 @@ def test_a_write_to_what_the_chain_has_read(write: Any) -> None:
     assert "in place to what the chain reads" in report.why("act")
 
 
-def test_a_chain_that_writes_to_its_own_input() -> None:
-    """Invariant 2: an in-place step whose input is read again is not replaced by a pure one."""
-
-    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
-        z = x + 1.0
-        return m.act(m.same(z)) + z
-
-    model = Forward(forward, same=nn.Identity(), act=nn.ReLU(inplace=True))
-    result, report = fxr.rewrite(model, relu_alone)
-    assert torch.equal(result(X), model(X))
-    assert "act (ReLU) writes in place to add" in report.why("act")
-
-
 def test_another_call_keeps_its_module() -> None:
     """Invariant 3: only the folded call moves, to a fresh name; the old module stays as it is."""
     model = Forward(lambda m, x: m.bn(m.conv(x)) + m.conv(x), conv=conv(), bn=bn())
@@ -136,15 +106,6 @@ def test_sites_of_the_same_modules_share_one_new_module() -> None:
     assert len(list(fused.parameters())) == 2
 
 
-def test_other_keys_of_the_state_dict_survive() -> None:
-    """Invariant 3: what was not folded keeps its key, and what is used no more goes."""
-    model = Forward(lambda m, x: m.last(m.bn(m.conv(x))), conv=conv(), bn=bn(), last=conv())
-    fused, _ = checks.folded(model, X, applied=1)
-    assert fused.state_dict().keys() == {
-        f"{name}.{tensor}" for name in ("conv", "last") for tensor in ("weight", "bias")
-    }
-
-
 def test_a_hook_that_changes_a_value_still_does() -> None:
     """Invariant 4: a convolution with a hook is refused, with the hook as the reason."""
     model = Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
@@ -155,14 +116,19 @@ def test_a_hook_that_changes_a_value_still_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_folded_weight_is_rounded_once(dtype: torch.dtype) -> None:
-    """Invariant 5: each new weight is the float64 product, half an ulp off at most."""
+    """Invariant 5: weight and bias are computed in float64, and then half an ulp off at most."""
     model = nets.randomise(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))).to(dtype)
     nn.init.uniform_(model[1].weight, 0.5, 2.0)
-    old, norm = model[0].weight.double(), copy.deepcopy(model[1]).double()
-    exact = old * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
-    normal = exact.abs() > torch.finfo(dtype).tiny
-    error = ((fxr.fuse(model).get_submodule("0").weight - exact) / exact).abs()[normal]
-    assert error.max() <= torch.finfo(dtype).eps / 2 * (1 + 1e-6)
+    conv, bn = copy.deepcopy(model).double()
+    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+    bias = (conv.bias - bn.running_mean) * scale + bn.bias
+    fused, kind = fxr.fuse(model), torch.finfo(dtype)
+    for found, exact in (
+        (fused.get_parameter("0.weight"), conv.weight * scale.view(-1, 1, 1, 1)),
+        (fused.get_parameter("0.bias"), bias),
+    ):
+        error = (found - exact).abs() / exact.abs().clamp(min=kind.tiny)
+        assert error.max() <= kind.eps / 2 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
@@ -235,11 +201,35 @@ def test_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == {"lint": 1, "python_code": 1}
 
 
-def test_conv_bn_bn_folds_in_one_pass() -> None:
-    """Invariant 7: what a rule made is looked at again at once."""
-    model = Forward(lambda m, x: m.other(m.bn(m.conv(x))), conv=conv(), bn=bn(), other=bn())
-    fused, _ = checks.folded(model, X, applied=2)
-    assert [n.target for n in fused.graph.nodes if n.op == "call_module"] == ["conv"]
+def test_what_a_rule_made_is_looked_at_again_at_once() -> None:
+    """Invariant 7: rewriting one site again and again is not a walk of the graph each time."""
+    asked: list[float] = []
+
+    def is_large(m: Any) -> str | None:
+        asked.append(m.drop.p)
+        return None if m.drop.p > 0.1 else "small enough"
+
+    @fxr.rule(pattern=fxr.chain(drop=nn.Dropout), where=[is_large])
+    def halve(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.Dropout(m.drop.p / 2))
+
+    fxr.rewrite(nn.Sequential(nn.Dropout(0.8), nn.Dropout(0.05)).eval(), halve)
+    assert asked == [0.8, 0.4, 0.2, 0.1, 0.05, 0.1, 0.05]
+
+
+def test_rewriting_goes_on_until_nothing_changes() -> None:
+    """Invariant 7: a site that matches only after a later one was rewritten is found, too."""
+
+    @fxr.rule(pattern=fxr.chain("act", act=nn.ReLU, last=nn.GELU))
+    def drop_both(m: Any) -> fxr.Bypass:
+        return fxr.Bypass()
+
+    @fxr.rule(pattern=fxr.chain(act=nn.Tanh))
+    def tanh_to_gelu(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.GELU())
+
+    model = nn.Sequential(nn.ReLU(), nn.Tanh()).eval()
+    fxr.rewrite(model, [drop_both, tanh_to_gelu], expect={"drop_both": 1, "tanh_to_gelu": 1})
 
 
 def test_rules_that_feed_each_other() -> None:
@@ -274,10 +264,7 @@ def raise_an_error(m: Any) -> None:
     ids=["writes", "sets an attribute", "sets a parameter", "adds a hook", "raises"],
 )
 def test_a_rule_that_misbehaves(misdeed: Any) -> None:
-    """Invariant 8: a rule that raises or changes its match fails the rewrite, and all is as it was.
-
-    The error names rule and site, also where earlier sites were rewritten already.
-    """
+    """Invariant 8: whatever a rule does at a later site, all is as it was; the error says where."""
 
     @fxr.rule(pattern=fxr.chain(conv=nn.Conv2d, bn=nn.BatchNorm2d))
     def bad(m: Any) -> fxr.Replace:
@@ -305,25 +292,27 @@ def test_every_batch_norm_is_accounted_for(case: Case) -> None:
     assert all(each.reason for each in (*report.refused, *report.missed))
 
 
-@pytest.mark.parametrize("answer", [True, False, 0, ["why"]])
-def test_a_guard_answers_with_none_or_a_reason(answer: Any) -> None:
-    """Invariant 10: a guard that returns anything but None or a string is an error."""
+@pytest.mark.parametrize(
+    ("guard_says", "rule_says"),
+    [(True, None), (["why"], None), (None, None), (None, "not today"), (None, nn.GELU())],
+)
+def test_only_a_guard_declines_and_only_by_a_string(guard_says: Any, rule_says: Any) -> None:
+    """Invariant 10: any other answer of a guard or a rule is an error that names the rule."""
 
-    @fxr.rule(pattern=fxr.chain(act=nn.ReLU), where=[lambda m: answer])
+    @fxr.rule(pattern=fxr.chain(act=nn.ReLU), where=[lambda m: guard_says])
+    def odd(m: Any) -> Any:
+        return rule_says
+
+    with pytest.raises(fxr.RuleError, match="rule 'odd'"):
+        fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), odd)
+
+
+def test_what_a_guard_says_is_the_reason() -> None:
+    """Invariant 10: a string from a guard refuses the site, and stands in the report as it is."""
+
+    @fxr.rule(pattern=fxr.chain(act=nn.ReLU), where=[lambda m: "not today"])
     def guarded(m: Any) -> fxr.Replace:
         return fxr.Replace(nn.GELU())
 
-    with pytest.raises(fxr.RuleError, match="rule 'guarded'"):
-        fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), guarded)
-
-
-@pytest.mark.parametrize("answer", [None, "not today", nn.GELU()])
-def test_a_rule_does_not_decline(answer: Any) -> None:
-    """Invariant 10: a rule returns an action; None, a reason or a bare module is an error."""
-
-    @fxr.rule(pattern=fxr.chain(act=nn.ReLU))
-    def declining(m: Any) -> Any:
-        return answer
-
-    with pytest.raises(fxr.RuleError, match="rule 'declining'"):
-        fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), declining)
+    report = fxr.plan(nn.Sequential(nn.ReLU()).eval(), guarded)
+    assert [each.reason for each in report.refused] == ["not today"]

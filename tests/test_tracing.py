@@ -1,5 +1,6 @@
 """Making a graph of a model: what stays whole, what is said when it can't be made, what is kept."""
 
+import sys
 import threading
 import warnings
 
@@ -294,8 +295,17 @@ def test_outputs_keep_their_structure(pack):
     assert repr(rewritten(X)) == repr(model(X))
 
 
+@pytest.fixture
+def impatient_threads():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("impatient_threads")
 def test_many_threads_may_trace_at_once():
-    models = [nn.Sequential(*[Scale() for _ in range(5)]).eval() for _ in range(6)]
+    models = [nn.Sequential(*[Scale() for _ in range(20)]).eval() for _ in range(8)]
     results = {}
 
     def run(i):
@@ -306,4 +316,4 @@ def test_many_threads_may_trace_at_once():
         each.start()
     for each in threads:
         each.join()
-    assert results == dict.fromkeys(range(6), 5)
+    assert results == dict.fromkeys(range(8), 20)
