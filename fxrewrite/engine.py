@@ -122,6 +122,8 @@ class Engine:
         modules = tuple([link.module for link in site.links])
         key = (rule, *map(id, modules))
         shared = self._shared.get(key)
+        if shared is not None and not self._view.stands_at(shared.target, shared.action.module):
+            shared = None  # it has been rewritten once more where it was
         decided = shared.action if shared else decide(rule, site, capture(site, self._view))
         if isinstance(decided, str):
             return decided

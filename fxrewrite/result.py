@@ -82,7 +82,11 @@ def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> 
     holder, source = place
     module = view.module(node)
     if module is not None:
-        holder.add_module(name, module)
+        # Only the graph module itself has names that would clash; add_module() looks for them.
+        if isinstance(holder, fx.GraphModule):
+            holder.add_module(name, module)
+        else:
+            holder._modules[name] = module
         return
     is_new = target in view.placed and target not in view.constants
     _put(holder, source, name, view.attribute(node), is_new=is_new)

@@ -177,8 +177,7 @@ def _changed(before: Any, now: Any) -> str | None:
     if isinstance(now, list):
         same = len(now) == len(before) and all(map(operator.is_, now, before))
         return None if same else ""
-    same_keys = len(now) == len(before) and all(map(operator.eq, before, now))
-    if same_keys and all(map(operator.is_, before.values(), now.values())):
+    if list(now) == list(before) and all(map(operator.is_, before.values(), now.values())):
         return None
     union = {**before, **now}
     changed = (k for k in union if before.get(k, _ABSENT) is not now.get(k, _ABSENT))

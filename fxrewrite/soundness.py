@@ -100,6 +100,8 @@ def _storage_refusal(
 def has_hooks(module: nn.Module) -> str | None:
     """The kind of hook that a module carries, in words, or None."""
     state = module.__dict__
+    if not any(map(state.get, HOOKS)):
+        return None
     for name in HOOKS:
         if state.get(name) and not _only_of_parametrizations(state[name], module):
             return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"

@@ -104,6 +104,10 @@ class GraphView:
         """Lay a new module or tensor over the model's under that qualified name."""
         self.placed[target] = value
 
+    def stands_at(self, target: str, module: nn.Module) -> bool:
+        """Whether this new module is still what the name stands for."""
+        return self.placed.get(target) is module
+
     def count(self, node: fx.Node, by: int) -> None:
         """Note that a node that uses a module came (+1) or went (-1)."""
         if node.op == "call_module":

@@ -135,6 +135,10 @@ def chunk_and_cat(net: nn.Module, values: list[Any], at: int) -> Any:
     return torch.cat(values[at].chunk(2, dim=1)[::-1], dim=1)
 
 
+def add_constant(net: nn.Module, values: list[Any], at: int) -> Any:
+    return values[at] + torch.tensor(0.5)
+
+
 ON_ONE_VALUE = (
     relu,
     relu_in_place,

@@ -139,7 +139,11 @@ def steps(draw: Any, named: dict[str, nn.Module]) -> list[nets.Step]:
         made.append((how, draw(st.sampled_from(names)), where()))
 
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["chain", "chain", "chain", "one", "add", "read", "container"]))
+        kind = draw(
+            st.sampled_from(
+                ["chain", "chain", "chain", "one", "add", "constant", "read", "container"]
+            )
+        )
         if kind == "chain":
             call_one_of(convs)
             for name in draw(st.lists(st.sampled_from(["drop", "same"]), max_size=1)):
@@ -150,6 +154,8 @@ def steps(draw: Any, named: dict[str, nn.Module]) -> list[nets.Step]:
             made.append((draw(st.sampled_from(nets.ON_ONE_VALUE)), where()))
         elif kind == "add":
             made.append((nets.add, where(), where()))
+        elif kind == "constant":
+            made.append((nets.add_constant, where()))
         elif kind == "read":
             made.append((nets.read_weight, draw(st.sampled_from(convs)), where()))
         else:

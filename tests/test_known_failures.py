@@ -88,6 +88,22 @@ def test_who_keeps_the_name(forward: Any, names: list[str]) -> None:
     assert checks.largest_error(checks.outputs(model, X), checks.outputs(fused, X)) <= 1e-9
 
 
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_part_of_a_leaf_that_is_called_by_itself(whole_first: bool) -> None:
+    """What a leaf module contains stays inside it, though one more call of it was folded."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        first = m.whole(x) if whole_first else None
+        y = m.bn(m.whole[0](x))
+        return y + (m.whole(x) if first is None else first)
+
+    model = Forward(forward, whole=Whole(conv(), nn.ReLU()), bn=bn()).double()
+    fused, _ = fxr.rewrite(model, "conv_bn", leaf_modules=[Whole], expect={"conv_bn": 1})
+    assert fused.get_submodule("whole") is model.whole
+    assert convolutions(fused) == ["whole.0", "whole_0"]
+    assert checks.largest_error(checks.outputs(model, X), checks.outputs(fused, X)) <= 1e-9
+
+
 def test_other_keys_of_the_state_dict_survive() -> None:
     """What was not folded keeps its key, and what is used no more goes."""
     model = Forward(lambda m, x: m.last(m.bn(m.conv(x))), conv=conv(), bn=bn(), last=conv())
@@ -232,3 +248,16 @@ def test_a_weight_norm_of_the_old_kind() -> None:
     torch.nn.utils.spectral_norm(model.conv)
     _, report = checks.folded(model.eval(), X, applied=0)
     assert "conv carries a forward pre hook" in report.why("bn")
+
+
+def test_a_shared_fold_that_is_folded_again_at_one_of_its_calls() -> None:
+    """bn(conv(bn(bn(conv(x))))) with one convolution and one batch norm: two folds, not one."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.bn(m.conv(m.bn(m.bn(m.conv(x)))))
+
+    model = Forward(forward, conv=nn.Conv2d(4, 4, 1), bn=bn()).double()
+    fused, _ = fxr.rewrite(model, "conv_bn", expect={"conv_bn": 3})
+    assert len(convolutions(fused)) == 2
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    assert checks.largest_error(checks.outputs(model, x), checks.outputs(fused, x)) <= 1e-9
