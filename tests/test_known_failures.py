@@ -60,6 +60,8 @@ class Whole(nn.Sequential):
         (lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv(x * 2)), ["conv_1"]),
         (lambda m, x: m.bn(m.conv(x)) + m.bn(m.alias(x * 2)), ["conv_1"]),
         (lambda m, x: m.bn(m.conv(x)) + m.other(m.conv(x * 2)), ["conv", "conv_1"]),
+        (lambda m, x: m.bn(m.conv(x)) + m.bn(m.bn(m.conv(x * 2))), ["conv_1", "conv_1_1"]),
+        (lambda m, x: m.bn(m.bn(m.conv(x))) + m.bn(m.conv(x * 2)), ["conv", "conv_1"]),
     ],
     ids=[
         "alone",
@@ -73,6 +75,8 @@ class Whole(nn.Sequential):
         "twice with one batch norm",
         "under two names with one batch norm",
         "with two batch norms",
+        "with one batch norm, then with it twice",
+        "with one batch norm twice, then once",
     ],
 )
 def test_who_keeps_the_name(forward: Any, names: list[str]) -> None:
