@@ -67,13 +67,17 @@ def rewrite(
         view = GraphView(model, graph, constants)
         if example_inputs is not None:
             record_shapes(graph_module(view), _as_tuple(example_inputs))
+        nodes = frozenset(node.name for node in graph.nodes)
         out_of_reach = _out_of_reach(view, unique)
-        findings = (*Engine(view, unique).run(), *out_of_reach)
+        engine = Engine(view, unique)
+        findings = (*engine.run(), *out_of_reach)
+        bystanders = engine.bystanders()
         made = graph_module(view)
     names: dict[str, dict[str, None]] = {}
     for each in rule_sets:
         names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
-    report = Report(findings, {k: tuple(v) for k, v in names.items()}, view.aliases)
+    of_sets = {name: tuple(rules) for name, rules in names.items()}
+    report = Report(findings, of_sets, view.aliases, nodes, bystanders)
     report.check(expect or {})
     return made, report
 

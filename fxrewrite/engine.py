@@ -14,13 +14,14 @@ from .deciding import decide, failure
 from .effects import Effects
 from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
 from .modules import is_parametrized
-from .report import Finding
+from .report import Bystander, Finding
 from .ruleset import Rule
 from .soundness import action_refusal, refusal
 from .view import GraphView
 
 # How often rules may rewrite what rules made, before they are taken to feed each other forever.
 MAX_GENERATIONS = 100
+_CALLS = ("call_module", "call_function", "call_method")
 
 
 @attrs.frozen(eq=False)
@@ -48,7 +49,7 @@ class Engine:
         self._effects = Effects(view)
         self._rules_by_callee: dict[tuple[str, Any], list[Rule[Any]]] = {}
         self._order: dict[fx.Node, int] = {}
-        self._declined: dict[fx.Node, Finding] = {}
+        self._declined: dict[fx.Node, list[Finding]] = {}
         self._applied: list[tuple[int, Finding]] = []
         self._pending: list[fx.Node] = []
         # What a rule made is no anchor of the model, and not accounted for.
@@ -60,8 +61,33 @@ class Engine:
         """Rewrite until nothing changes; the findings are in the order of the graph."""
         while self._walk():
             pass
-        declined = [(self._order[node], finding) for node, finding in self._declined.items()]
+        declined = [(self._order[node], _nearest(said)) for node, said in self._declined.items()]
         return [found for _, found in sorted(self._applied + declined, key=lambda at: at[0])]
+
+    def bystanders(self) -> dict[str, tuple[Bystander, ...]]:
+        """What is no anchor and took part in no match, with where the chains stopped around it."""
+        told = {name for said in self._declined.values() for one in said for name in one.nodes}
+        told.update(node.name for node in (*self._declined, *self._made))
+        found: dict[str, tuple[Bystander, ...]] = {}
+        roles: dict[tuple[str, Any], list[tuple[Rule[Any], int]]] = {}
+        for node in self._view.graph.nodes:
+            if node.op not in _CALLS or node.name in told:
+                continue
+            key = (node.op, self._view.callee(node))
+            if key not in roles:
+                roles[key] = [
+                    (rule, at)
+                    for rule in self._rules
+                    for at, step in enumerate(rule.pattern.steps)
+                    if not step.repeats and accepts(step, node, self._view)
+                ]
+            for rule, at in roles[key]:
+                miss = Matcher(rule.pattern, self._view, node, at).match()
+                if isinstance(miss, Miss):
+                    bystander = Bystander(rule.name, rule.pattern.steps[at].name, miss)
+                    for name in {name_of(node): None, node.name: None}:
+                        found[name] = (*found.get(name, ()), bystander)
+        return found
 
     def _walk(self) -> bool:
         before = len(self._applied)
@@ -77,16 +103,12 @@ class Engine:
         if not rules:
             return None
         order = self._order.setdefault(node, len(self._order))
-        refused: Finding | None = None
-        missed: Finding | None = None
-        nearest = -1
+        declined: list[Finding] = []
         for rule in rules:
             anchor = name_of(node)
             found = Matcher(rule.pattern, self._view, node).match()
             if isinstance(found, Miss):
-                if found.depth > nearest:
-                    missed = Finding(anchor, "missed", rule.name, cause=found)
-                    nearest = found.depth
+                declined.append(Finding(anchor, "missed", rule.name, cause=found))
                 continue
             steps, nodes = found.steps, tuple([each.name for each in found.nodes])
             outcome = self._apply(rule, found)
@@ -96,15 +118,13 @@ class Engine:
                 )
                 self._applied.append((order, finding))
                 return outcome.made
-            if refused is None:
-                refused = Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome)
-        declined = refused or missed
-        if declined is not None and node not in self._made:
+            declined.append(Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome))
+        if node not in self._made:
             self._declined[node] = declined
         return None
 
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
-        if node.op not in ("call_module", "call_function", "call_method"):
+        if node.op not in _CALLS:
             return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
@@ -213,6 +233,19 @@ class Engine:
         self._made.update(made)
         if lineage:
             self._lineage.update(dict.fromkeys(made, lineage))
+
+
+def _nearest(declined: list[Finding]) -> Finding:
+    """Of what rules said at one anchor, the first refusal or else the miss that came closest."""
+    refused = [each for each in declined if each.outcome == "refused"]
+    first = refused[0] if refused else max(declined, key=_depth)
+    others = tuple(each for each in declined if each is not first)
+    return attrs.evolve(first, others=others) if others else first
+
+
+def _depth(missed: Finding) -> int:
+    assert isinstance(missed.cause, Miss)
+    return missed.cause.depth
 
 
 def _slot(rule: Rule[Any], site: Site, action: Action) -> Link | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -11,6 +13,8 @@ from torch import fx, nn
 from .declare import Call, Pattern, Step, Value
 from .modules import without_parametrizations
 from .view import GraphView
+
+_FOUND_AT_MOST = 3
 
 
 @attrs.frozen(eq=False)
@@ -61,18 +65,50 @@ class Site:
         return " -> ".join(name for _, name in self.steps)
 
 
+@attrs.frozen
+class Seen:
+    """What a node was when it was looked at; it is put into words only when asked for."""
+
+    op: str
+    name: str
+    target: Any
+    kind: type[Any] | None
+
+    @classmethod
+    def of(cls, node: fx.Node, view: GraphView) -> Seen:
+        """What a node is now."""
+        module = view.module(node)
+        return cls(node.op, node.name, node.target, None if module is None else type(module))
+
+    def __str__(self) -> str:
+        """By its module's qualified name, its function or its method."""
+        if self.kind is not None:
+            return f"{self.target} ({self.kind.__name__})"
+        if self.op == "call_function":
+            return f"{self.name} ({getattr(self.target, '__name__', self.target)}())"
+        if self.op == "call_method":
+            return f"{self.name} (.{self.target}())"
+        if self.op == "placeholder":
+            return f"the model's input {self.target!r}"
+        if self.op == "get_attr":
+            return f"the model's attribute {self.target}"
+        return "the model's output"
+
+
 @attrs.frozen(eq=False)
 class Miss:
     """An anchor whose chain stopped: the step that was wanted, and what stood there instead.
 
-    `beside` is the last node that did match, empty where that is the anchor itself.
+    `beside` is the last node that did match, None where that is the anchor itself. `by_another`
+    are those of `found` that are the wanted step, but read the chain by another argument.
     """
 
     pattern: Pattern
     step: int
     upstream: bool
-    beside: str
-    found: tuple[str, ...]
+    beside: Seen | None
+    found: tuple[Seen, ...]
+    by_another: frozenset[Seen]
     depth: int
 
     def __str__(self) -> str:
@@ -84,21 +120,31 @@ class Miss:
         if not self.found:
             return f"nothing reads {self.beside or 'its output'}, where a {wanted} is wanted"
         verb = "reads" if self.upstream else "feeds"
-        return f"{who} {verb} {' and '.join(self.found)}, not a {wanted}"
+        found = (
+            f"{each} by another argument" if each in self.by_another else str(each)
+            for each in self.found
+        )
+        return f"{who} {verb} {' and '.join(found)}, not a {wanted}"
 
 
 class Matcher:
-    """Matches one pattern at one anchor; steps before it are sought upstream, the others down."""
+    """Matches one pattern at one anchor; steps before it are sought upstream, the others down.
 
-    def __init__(self, pattern: Pattern, view: GraphView, anchor: fx.Node) -> None:
+    The anchor may be made to stand for another step than the pattern's own by `at`.
+    """
+
+    def __init__(
+        self, pattern: Pattern, view: GraphView, anchor: fx.Node, at: int | None = None
+    ) -> None:
         self.pattern = pattern
         self.view = view
         self.anchor = anchor
+        self.at = pattern.anchor if at is None else at
         self.miss: Miss | None = None
 
     def match(self) -> Site | Miss:
         """The site at the anchor, or the miss that came closest."""
-        at, anchor = self.pattern.anchor, self.anchor
+        at, anchor = self.at, self.anchor
         before = self._upstream(at - 1, self.pattern.steps[at], anchor)
         if before is not None:
             after = self._downstream(at + 1, anchor)
@@ -125,7 +171,7 @@ class Matcher:
                     return links
         if wanted.optional:
             return self._upstream(i - 1, step, node)
-        self._note(i, node, [describe(each, self.view) for _, each in inputs], upstream=True)
+        self._note(i, node, [each for _, each in inputs], upstream=True)
         return None
 
     def _repeated(self, i: int, step: Step, node: fx.Node) -> list[Link] | None:
@@ -160,12 +206,7 @@ class Matcher:
                     return [link, *links]
         if wanted.optional:
             return self._downstream(i + 1, node)
-        found = [
-            describe(each, self.view)
-            + (" by another argument" if accepts(wanted, each, self.view) else "")
-            for each in node.users
-        ]
-        self._note(i, node, found, upstream=False)
+        self._note(i, node, node.users, upstream=False)
         return None
 
     def _repeated_downstream(self, i: int, node: fx.Node) -> list[Link] | None:
@@ -210,11 +251,22 @@ class Matcher:
         side = tuple(each for each in read if each.op != "get_attr")
         return Link(step, node, module, takes, source, side)
 
-    def _note(self, step: int, node: fx.Node, found: list[str], *, upstream: bool) -> None:
-        depth = abs(step - self.pattern.anchor)
+    def _note(self, step: int, node: fx.Node, found: Iterable[fx.Node], *, upstream: bool) -> None:
+        depth = abs(step - self.at)
         if self.miss is None or depth > self.miss.depth:
-            beside = "" if node is self.anchor else describe(node, self.view)
-            self.miss = Miss(self.pattern, step, upstream, beside, tuple(found[:3]), depth)
+            beside = None if node is self.anchor else Seen.of(node, self.view)
+            nearest = list(itertools.islice(found, _FOUND_AT_MOST))
+            wanted = self.pattern.steps[step]
+            by_another = () if upstream else (n for n in nearest if accepts(wanted, n, self.view))
+            self.miss = Miss(
+                self.pattern,
+                step,
+                upstream,
+                beside,
+                tuple([Seen.of(each, self.view) for each in nearest]),
+                frozenset(Seen.of(each, self.view) for each in by_another),
+                depth,
+            )
 
 
 def name_of(node: fx.Node) -> str:
@@ -233,17 +285,7 @@ def accepts(step: Step, node: fx.Node, view: GraphView) -> bool:
 
 def describe(node: fx.Node, view: GraphView) -> str:
     """A node as a message names it: by its module's qualified name, its function or its method."""
-    if node.op == "call_module":
-        return f"{node.target} ({type(view.module(node)).__name__})"
-    if node.op == "call_function":
-        return f"{node.name} ({getattr(node.target, '__name__', node.target)}())"
-    if node.op == "call_method":
-        return f"{node.name} (.{node.target}())"
-    if node.op == "placeholder":
-        return f"the model's input {node.target!r}"
-    if node.op == "get_attr":
-        return f"the model's attribute {node.target}"
-    return "the model's output"
+    return str(Seen.of(node, view))
 
 
 def capture(site: Site, view: GraphView) -> Any:

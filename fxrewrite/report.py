@@ -22,7 +22,8 @@ class Finding:
 
     `anchor` is its qualified name (or the node's own, where it calls no module). `steps` pairs
     each step that matched with what it calls, `nodes` are those nodes' names, `became` is what
-    stands there now, and `notes` is what else there is to know.
+    stands there now, and `notes` is what else there is to know. Where nothing was applied, `others`
+    are what the other rules that look for this kind of anchor said of it.
     """
 
     anchor: str
@@ -33,6 +34,7 @@ class Finding:
     became: str = ""
     notes: tuple[str, ...] = ()
     cause: str | Miss = attrs.field(default="", repr=False)
+    others: tuple[Finding, ...] = attrs.field(default=(), repr=False)
 
     @property
     def reason(self) -> str:
@@ -42,7 +44,8 @@ class Finding:
     def is_about(self, name: str) -> bool:
         """Whether a module or node of that name takes part in it."""
         became = self.became.split(", ")
-        return name in (self.anchor, *became, *self.nodes, *(to for _, to in self.steps))
+        own = (self.anchor, *became, *self.nodes, *(to for _, to in self.steps))
+        return name in own or any(each.is_about(name) for each in self.others)
 
     def __str__(self) -> str:
         """The finding as a sentence."""
@@ -63,15 +66,30 @@ class Finding:
             "became": self.became,
             "notes": list(self.notes),
             "reason": self.reason,
+            "others": [each.to_dict() for each in self.others],
         }
+
+
+@attrs.frozen(eq=False)
+class Bystander:
+    """A node that could have been a step of a rule's chain other than its anchor, and was not."""
+
+    rule: str
+    step: str
+    miss: Miss
+
+    def __str__(self) -> str:
+        """Where the chain stopped, seen from this step."""
+        return f"it could be the {self.step} of {self.rule}, but {self.miss}"
 
 
 @attrs.frozen(eq=False)
 class Report:
     """All findings of one rewrite, in the order of the graph; printed, it is a compact table.
 
-    `rule_sets` names the rules of each set, and `modules` all modules of the model, an alias by
-    the name that the graph has for it.
+    `rule_sets` names the rules of each set, `modules` all modules of the model, an alias by the
+    name that the graph has for it, and `nodes` the nodes that were looked at. `bystanders` has
+    what is no anchor, took part in nothing, and might have.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -86,6 +104,8 @@ class Report:
     findings: tuple[Finding, ...]
     rule_sets: Mapping[str, tuple[str, ...]]
     modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
+    bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
 
     @property
     def applied(self) -> tuple[Finding, ...]:
@@ -114,6 +134,10 @@ class Report:
     def why(self, name: str) -> str:
         """What became of a module or node of the original model, and why.
 
+        Of an anchor at which nothing was applied, this is the answer of each rule that looks for
+        such an anchor. Of any other module or node, it is the match that it takes part in; or the
+        step where the chain of each rule stopped that it might have been part of.
+
         Args:
             name: a module's qualified name or a node's name; a container's name tells of all
                 anchors inside it.
@@ -121,16 +145,19 @@ class Report:
         Raises:
             LookupError: the model has nothing of that name.
         """
+        known = self.modules.get(name, name)
         found = list(self.findings)
         if name:
-            known = self.modules.get(name, name)
             found = [f for f in found if f.is_about(name) or f.is_about(known)]
+            if not found and known in self.bystanders:
+                return "\n".join(f"{name}: {each}" for each in self.bystanders[known])
             found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
         if found:
-            return "\n".join(map(str, found))
-        if name not in self.modules:
+            return "\n".join(str(each) for one in found for each in (one, *one.others))
+        if name not in self.modules and name not in self.nodes:
             raise LookupError(f"the model has no module and the report no node named {name!r}")
-        return f"{name}: no rule looks for a module of this kind, and no match includes it"
+        kind = "module" if name in self.modules else "node"
+        return f"{name}: no rule looks for a {kind} of this kind, and no match includes it"
 
     def check(self, expected: Mapping[str, int]) -> None:
         """Raise ExpectationError unless each rule or rule set applied as often as expected.
