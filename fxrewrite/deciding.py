@@ -39,16 +39,12 @@ def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
 def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:
     """Ask a rule and compare afterwards what it was given."""
     before = Snapshot(_held(match))
-    try:
+    with before, before:  # Ctrl-C may come while the inner one is putting things back
         answer = _asked(rule, site, match)
-    except BaseException:
-        before.restore()
-        raise
-    if (changed := before.difference()) is not None:
-        before.restore()
-        raise failure(
-            rule, site, f"it changed {changed}; a rule must build new modules and tensors"
-        )
+        if (changed := before.difference()) is not None:
+            raise failure(
+                rule, site, f"it changed {changed}; a rule must build new modules and tensors"
+            )
     return answer
 
 

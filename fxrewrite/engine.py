@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,7 @@ from .actions import Action, Replace
 from .deciding import decide, failure
 from .effects import Effects
 from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
-from .modules import is_parametrized
+from .parametrized import is_parametrized
 from .report import Bystander, Finding
 from .ruleset import Rule
 from .soundness import action_refusal, refusal
@@ -193,11 +193,7 @@ class Engine:
         made: edits.Made,
         target: str,
     ) -> _Rewritten:
-        notes = tuple(
-            f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"
-            for link, module in zip(site.links, modules, strict=True)
-            if module is not None and is_parametrized(module)
-        )
+        notes = tuple(self._notes(site, modules, action))
         for node in site.nodes:
             self._effects.forget(node)
         try:
@@ -210,6 +206,23 @@ class Engine:
             self._effects.note(node)
         self._pass_on(rule, site, nodes)
         return _Rewritten(nodes, target or ", ".join(node.name for node in nodes), notes)
+
+    def _notes(
+        self, site: Site, modules: tuple[nn.Module | None, ...], action: Action
+    ) -> Iterator[str]:
+        """What a user would want to know of a site that was rewritten."""
+        kept = action.module.parameters() if isinstance(action, Replace) else ()
+        kept_ids = set(map(id, kept)) if self._view.ties else set()
+        for link, module in zip(site.links, modules, strict=True):
+            if module is None:
+                continue
+            if is_parametrized(module):
+                yield (
+                    f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"
+                )
+            for parameter in module._parameters.values() if self._view.ties else ():
+                if id(parameter) in self._view.ties and id(parameter) not in kept_ids:
+                    yield f"the tie of {' and '.join(self._view.ties[id(parameter)])} ends here"
 
     def _pass_on(self, rule: Rule[Any], site: Site, made: list[fx.Node]) -> None:
         """Settle what was known of the chain's nodes, and bound how often rules feed each other."""

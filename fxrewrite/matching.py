@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from .declare import Call, Pattern, Step, Value
-from .modules import without_parametrizations
+from .parametrized import without_parametrizations
 from .view import GraphView
 
 _FOUND_AT_MOST = 3

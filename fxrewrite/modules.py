@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -169,30 +168,3 @@ def _parameter(
         like = next((each for each in module._parameters.values() if each is not None), None)
     wants_grad = like is None or like.requires_grad
     return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
-
-
-def is_parametrized(module: nn.Module) -> bool:
-    """Whether some tensor of the module is computed from others (`torch.nn.utils.parametrize`)."""
-    return "parametrizations" in module._modules and parametrize.is_parametrized(module)
-
-
-def without_parametrizations(module: nn.Module) -> nn.Module:
-    """A plain copy of a parametrized module, the present value of each such tensor baked in.
-
-    A module without parametrizations is returned as it is.
-    """
-    if not is_parametrized(module):
-        return module
-    plain = evolve(module)
-    # Such a hook reads older checkpoints of the parametrized module, which this is no more.
-    plain._load_state_dict_pre_hooks.clear()
-    plain.__class__ = parametrize.type_before_parametrizations(module)
-    for name, parametrized in plain._modules.pop("parametrizations").named_children():  # type: ignore[union-attr]
-        originals = parametrized.parameters(recurse=False)
-        needs_grad = [p.requires_grad for p in originals]
-        value = getattr(module, name).detach()
-        if needs_grad:
-            plain._parameters[name] = nn.Parameter(value, any(needs_grad))
-        else:
-            plain._buffers[name] = value
-    return plain

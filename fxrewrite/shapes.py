@@ -52,21 +52,21 @@ def record_shapes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> None
     before = ModelState(module, buffers=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     propagation = _Propagation(module, mode)
-    try:
-        with mode:
-            fakes = [
-                mode.from_tensor(each, static_shapes=True)
-                if isinstance(each, torch.Tensor)
-                else each
-                for each in example_inputs
-            ]
-        propagation.propagate_dont_convert_inputs(*fakes)
-    except _DEPENDS_ON_DATA:
-        pass  # the values before this one are known, and rules are told that the others are not
-    except Exception as error:
-        said = str(error).partition("\n")[0]
-        raise FxRewriteError(
-            f"the model can't be called with these example_inputs: {said}"
-        ) from error
-    finally:
+    with before, before:  # Ctrl-C may come while the inner one is putting things back
+        try:
+            with mode:
+                fakes = [
+                    mode.from_tensor(each, static_shapes=True)
+                    if isinstance(each, torch.Tensor)
+                    else each
+                    for each in example_inputs
+                ]
+            propagation.propagate_dont_convert_inputs(*fakes)
+        except _DEPENDS_ON_DATA:
+            pass  # the values before this one are known, and rules learn that the others are not
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            raise FxRewriteError(
+                f"the model can't be called with these example_inputs: {said}"
+            ) from error
         before.restore()

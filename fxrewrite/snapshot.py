@@ -18,7 +18,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 class Snapshot:
     """All that is reached from some modules and tensors, down to what tensors hold.
 
-    It holds a rule to its promise to change nothing that it is given.
+    It holds a rule to its promise to change nothing that it is given. As a context, it puts
+    everything back when an error leaves it.
     """
 
     def __init__(self, things: Iterable[Any]) -> None:
@@ -50,6 +51,13 @@ class Snapshot:
             shown = "" if key in _REGISTRIES else str(key)
             self._visit(f"{name}.{shown}".rstrip("."), each)
 
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.restore()
+
     def difference(self) -> str | None:
         """What has changed since, in words, or None."""
         for name, module, kind in self._classes:
@@ -76,6 +84,8 @@ class Snapshot:
 class ModelState:
     """What tracing a model may change: its modules' attributes, and tensors that FX hands out.
 
+    As a context, it puts everything back when an error leaves it.
+
     Args:
         model: the model.
         buffers: whether to guard what buffers hold, too, for a tracer that does not record reads
@@ -94,6 +104,13 @@ class ModelState:
                     self._hold(f"{name}.{key}", value)
             for key in module._buffers if buffers else ():
                 self._hold(f"{name}.{key}", module._buffers[key])
+
+    def __enter__(self) -> ModelState:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.restore()
 
     def _hold(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):

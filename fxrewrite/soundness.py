@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
 from .actions import Action, Replace
 from .edits import Made
 from .effects import Effects, hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
 from .matching import Site, describe
-from .modules import is_parametrized
+from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
 from .view import GraphView
 
 HOOKS = (
@@ -97,22 +97,23 @@ def _storage_refusal(
     return None
 
 
-def has_hooks(module: nn.Module) -> str | None:
-    """The kind of hook that a module carries, in words, or None."""
+def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
+    """The kind of hook that a module carries, in words, or None.
+
+    Args:
+        module: the module.
+        ignoring_norms: leave out the hooks by which torch's older `weight_norm` and
+            `spectral_norm` compute a weight. Those of parametrizations never count.
+    """
     state = module.__dict__
     if not any(map(state.get, HOOKS)):
         return None
     for name in HOOKS:
-        if state.get(name) and not _only_of_parametrizations(state[name], module):
-            return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"
+        for hook in (state.get(name) or {}).values():
+            ours = is_of_parametrizations(hook) or (ignoring_norms and is_of_old_norms(hook))
+            if not (ours and is_parametrized(module)):
+                return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"
     return None
-
-
-def _only_of_parametrizations(hooks: Any, module: nn.Module) -> bool:
-    """Whether torch's own parametrizations put these hooks there, to read older checkpoints."""
-    functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
-    ours = all(f.__module__ == parametrizations.__name__ for f in functions)
-    return ours and is_parametrized(module)
 
 
 def _other_reader(site: Site, view: GraphView) -> str | None:
@@ -154,7 +155,7 @@ def _module_refusal(site: Site, effects: Effects, any_mode: bool) -> str | None:
 
 
 def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str | None:
-    if (hook := has_hooks(module)) is not None:
+    if (hook := has_hooks(module, ignoring_norms=True)) is not None:
         if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
             return "is not initialised yet; run the model once, then rewrite it"
         return f"carries {hook}, which a rewrite would bypass; remove it first"
@@ -169,6 +170,8 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
             return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
         if id(tensor) in effects.written_tensors:
             return f"holds {name}, which the model writes to in its forward"
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
     return None
 
 

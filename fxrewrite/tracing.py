@@ -13,9 +13,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
+from . import watching
 from .errors import TraceError
 from .snapshot import ModelState
 from .soundness import has_hooks
+from .watching import AmbientStateError, watched
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 
@@ -74,11 +76,11 @@ def trace(
 def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, Any]]:
     before = ModelState(model, buffers=not tracer.proxy_buffer_attributes)
     known = set(model.__dict__)
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:
-        raise TraceError(_explanation(model, error)) from error
-    finally:
+    with before, before:  # Ctrl-C may come while the inner one is putting things back
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:
+            raise TraceError(_explanation(model, error)) from error
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
         constants = {name: each for name, each in found.items() if name.startswith(_CONSTANTS)}
@@ -129,6 +131,7 @@ def _with_leaves(
     own = copy.copy(base)
     own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
     own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
+    watched(own)
     return own
 
 
@@ -157,7 +160,9 @@ def _explanation(model: nn.Module, error: Exception) -> str:
         at = traceback.FrameSummary(frame.f_code.co_filename, lineno, frame.f_code.co_name)
         line = f"{at.filename}:{at.lineno}: {at.line}"
     reason = next((words for part, words in _PLAIN_WORDS.items() if part in str(error)), None)
-    said = f"{type(error).__name__}: {error}"
+    because = f"{reason or 'the forward raised there'} ({type(error).__name__}: {error})"
+    if isinstance(error, AmbientStateError):
+        because = str(error)
     advice = (
         f"keep that module as one node with leaf_modules=[{name!r}]"
         if name
@@ -165,7 +170,7 @@ def _explanation(model: nn.Module, error: Exception) -> str:
     )
     return (
         f"tracing {kind} stopped in {where}, at\n  {line}\n"
-        f"because {reason or 'the forward raised there'} ({said}).\n"
+        f"because {because}.\n"
         f"Either {advice}, or pass a tracer= or a GraphModule of your own."
     )
 
@@ -173,7 +178,7 @@ def _explanation(model: nn.Module, error: Exception) -> str:
 def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
     """The frames of an error that are of a forward, outermost first."""
     fx_folder = Path(fx.__file__).parent
-    not_theirs = (Path(__file__), Path(nn.modules.module.__file__))
+    not_theirs = (Path(__file__), Path(watching.__file__), Path(nn.modules.module.__file__))
     for frame, lineno in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
         if fx_folder not in path.parents and path not in not_theirs:

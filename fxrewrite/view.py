@@ -82,6 +82,17 @@ class GraphView:
         """The identities of all modules of the model."""
         return frozenset(map(id, self.modules.values()))
 
+    @functools.cached_property
+    def ties(self) -> dict[int, tuple[str, ...]]:
+        """The qualified names of each parameter that several modules hold, by its identity."""
+        holders: dict[int, dict[int, str]] = {}
+        for name, module in self.modules.items():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    full = f"{name}.{key}".lstrip(".")
+                    holders.setdefault(id(parameter), {}).setdefault(id(module), full)
+        return {k: tuple(names.values()) for k, names in holders.items() if len(names) > 1}
+
     def only_user(self, module: nn.Module) -> bool:
         """Whether a single call is all that uses a module, under whatever name.
 

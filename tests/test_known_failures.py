@@ -246,14 +246,6 @@ def test_a_hook_on_all_modules() -> None:
     assert "global module hook" in report.why("bn")
 
 
-def test_a_weight_norm_of_the_old_kind() -> None:
-    """The old spectral norm is a hook that sets the weight before each call; it stays."""
-    model = conv_bn()
-    torch.nn.utils.spectral_norm(model.conv)
-    _, report = checks.folded(model.eval(), X, applied=0)
-    assert "conv carries a forward pre hook" in report.why("bn")
-
-
 def test_a_shared_fold_that_is_folded_again_at_one_of_its_calls() -> None:
     """bn(conv(bn(bn(conv(x))))) with one convolution and one batch norm: two folds, not one."""
 

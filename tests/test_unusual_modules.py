@@ -110,6 +110,44 @@ def test_a_parametrized_weight_is_baked_in(wrap: Any) -> None:
     assert report.applied[0].notes
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_norm_of_the_old_kind(wrap: Any) -> None:
+    """The older norms, which set the weight in a hook before each call, are baked in as well."""
+    model = conv_bn()
+    wrap(model.conv)
+    with torch.no_grad():  # a weight with a history can't be copied
+        model.double().train()(X)
+    model.eval()
+    fused, report = checks.folded(model, X, applied=1)
+    assert type(fused.get_submodule("conv")) is nn.Conv2d
+    assert not checks.has_hook(fused.get_submodule("conv"))
+    assert fused.state_dict().keys() == {"conv.weight", "conv.bias"}
+    assert "the parametrized tensors of conv are baked in as they are now" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_hook_beside_an_old_weight_norm() -> None:
+    """A weight norm excuses no other hook of the module."""
+    model = conv_bn()
+    nn.utils.weight_norm(model.conv)
+    with torch.no_grad():
+        model.double()(X)
+    model.conv.register_forward_pre_hook(nets.halve_input)
+    _, report = checks.folded(model, X, applied=0)
+    assert "conv carries a forward pre hook" in report.why("bn")
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("name", ["conv", "bn"])
+def test_a_hook_on_a_parameter(name: str, register: str) -> None:
+    """A tensor with a hook of its own is not replaced, for the hook would see no gradients."""
+    model = conv_bn()
+    getattr(model.get_submodule(name).weight, register)(lambda gradient: None)
+    _, report = checks.folded(model, X, applied=0)
+    assert f"{name} holds weight, a tensor with a hook" in report.why("bn")
+
+
 class Negated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -x
