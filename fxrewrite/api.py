@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import attrs
 import torch
 from torch import fx, nn
 
+from .copying import copied
+from .destination import IntoGraph, IntoModules
 from .engine import Engine
-from .errors import PatternError
-from .matching import describe
+from .reach import out_of_reach
 from .registry import Rules, resolve
-from .report import Finding, Report
+from .renaming import renamed
+from .report import Report
 from .result import graph_module
-from .ruleset import Rule, RuleSet
+from .ruleset import apart
 from .shapes import record_shapes
-from .soundness import has_hooks
 from .tracing import LeafModules, checked_leaves, trace
 from .view import GraphView
+
+Into = Literal["graph", "modules"]
 
 
 def rewrite(
@@ -28,10 +29,11 @@ def rewrite(
     rules: Rules,
     example_inputs: Any = None,
     *,
+    into: Into | None = None,
     expect: Mapping[str, int] | None = None,
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
     leaf_modules: LeafModules = (),
-) -> tuple[fx.GraphModule, Report]:
+) -> tuple[Any, Report]:
     """Apply rules to a model wherever they are sound; gives a new model and a report.
 
     >>> import fxrewrite as fxr
@@ -46,6 +48,8 @@ def rewrite(
         rules: a rule set or its name, a rule, or a list of those; earlier ones are tried first.
         example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
             need shapes or dtypes learn them from it; nothing is computed.
+        into: "graph" gives a GraphModule. "modules" gives a copy of the model, same class,
+            attributes and forward code, in which new modules stand where old ones stood.
         expect: how often rules or rule sets, by name, must apply.
         tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
         leaf_modules: modules that tracing must keep whole, by type or qualified name. The types
@@ -58,7 +62,9 @@ def rewrite(
         UnknownRuleSetError: no rule set has the given name.
         ExpectationError: `expect` does not hold.
     """
-    rule_sets = _apart(resolve(rules))
+    if into not in (None, "graph", "modules"):
+        raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
+    rule_sets = apart(resolve(rules))
     unique = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
     named = [kind for rule in unique for step in rule.pattern.steps for kind in step.modules]
     graph, constants = trace(model, (*named, *checked_leaves(leaf_modules)), tracer)
@@ -68,16 +74,26 @@ def rewrite(
         if example_inputs is not None:
             record_shapes(graph_module(view), _as_tuple(example_inputs))
         nodes = frozenset(node.name for node in graph.nodes)
-        out_of_reach = _out_of_reach(view, unique)
-        engine = Engine(view, unique)
-        findings = (*engine.run(), *out_of_reach)
+        not_called = out_of_reach(view, unique)
+        tree = IntoModules(view) if into == "modules" else None
+        engine = Engine(view, unique, tree or IntoGraph())
+        findings = (*engine.run(), *not_called)
         bystanders = engine.bystanders()
-        made = graph_module(view)
+        made = copied(model, tree.replaced()) if tree else graph_module(view)
     names: dict[str, dict[str, None]] = {}
     for each in rule_sets:
         names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
     of_sets = {name: tuple(rules) for name, rules in names.items()}
-    report = Report(findings, of_sets, view.aliases, nodes, bystanders)
+    became = {name: found.became for found in findings if found.became for _, name in found.steps}
+    report = Report(
+        findings,
+        of_sets,
+        view.aliases,
+        nodes,
+        bystanders,
+        into or "graph",
+        renamed(model, made, became),
+    )
     report.check(expect or {})
     return made, report
 
@@ -87,6 +103,7 @@ def plan(
     rules: Rules,
     example_inputs: Any = None,
     *,
+    into: Into | None = None,
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
     leaf_modules: LeafModules = (),
 ) -> Report:
@@ -98,10 +115,12 @@ def plan(
     rule          applied  refused  missed
     fold_conv_bn        1        0       0
     """
-    return rewrite(model, rules, example_inputs, tracer=tracer, leaf_modules=leaf_modules)[1]
+    return rewrite(
+        model, rules, example_inputs, into=into, tracer=tracer, leaf_modules=leaf_modules
+    )[1]
 
 
-def fuse(model: nn.Module) -> fx.GraphModule:
+def fuse(model: nn.Module, into: Into | None = None) -> Any:
     """Fold each batch norm into the convolution before it: `rewrite` with the set `conv_bn`.
 
     >>> import fxrewrite as fxr
@@ -111,61 +130,9 @@ def fuse(model: nn.Module) -> fx.GraphModule:
       (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     )
     """
-    return rewrite(model, "conv_bn")[0]
-
-
-def _apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:
-    """The rule sets with rules of one name told apart by the names of their sets."""
-    rules = dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules)
-    uses = Counter(rule.name for rule in rules)
-    renamed = {
-        rule: attrs.evolve(rule, name=f"{rule_set.name}.{rule.name}")
-        for rule_set in rule_sets
-        for rule in rule_set.rules
-        if uses[rule.name] > 1
-    }
-    names = Counter(rule.name for rule in renamed.values())
-    for name, count in names.items():
-        if count > 1:
-            raise PatternError(f"{count} different rules are called {name}; give each its own name")
-    return [
-        attrs.evolve(rule_set, rules=[renamed.get(rule, rule) for rule in rule_set.rules])
-        if any(rule in renamed for rule in rule_set.rules)
-        else rule_set
-        for rule_set in rule_sets
-    ]
+    return rewrite(model, "conv_bn", into=into)[0]
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
     is_many = isinstance(example_inputs, tuple | list)
     return tuple(example_inputs) if is_many else (example_inputs,)
-
-
-def _out_of_reach(view: GraphView, rules: Sequence[Rule[Any]]) -> list[Finding]:
-    """A finding for each module of an anchor's type that no node of the graph calls."""
-    called: set[int] = set()
-    inside: dict[int, str] = {}
-    for node in view.graph.nodes:
-        module = view.module(node)
-        if module is not None:
-            called.add(id(module))
-            if module._modules:
-                hook = has_hooks(module)
-                because = f", since it carries {hook}" if hook else ""
-                whole = f"{describe(node, view)}, which is kept whole{because}"
-                inside.update((id(each), whole) for each in module.modules())
-    findings = []
-    for name, module in view.modules.items():
-        if id(module) not in called:
-            called.add(id(module))
-            for rule in rules:
-                if isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules):
-                    reason = "no call of it is in the traced graph"
-                    if id(module) in inside:
-                        reason = f"it is inside {inside[id(module)]}"
-                    if not name:
-                        reason = "it is the model itself, which is traced through; wrap it"
-                    anchor = name or type(module).__name__
-                    findings.append(Finding(anchor, "missed", rule.name, cause=reason))
-                    break
-    return findings

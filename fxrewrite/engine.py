@@ -11,6 +11,7 @@ from torch import fx, nn
 from . import edits
 from .actions import Action, Replace
 from .deciding import decide, failure
+from .destination import Destination
 from .effects import Effects
 from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
 from .parametrized import is_parametrized
@@ -43,8 +44,11 @@ class _Placed:
 class Engine:
     """Applies rules to a graph view; `run` does it and returns what became of each anchor."""
 
-    def __init__(self, view: GraphView, rules: Sequence[Rule[Any]]) -> None:
+    def __init__(
+        self, view: GraphView, rules: Sequence[Rule[Any]], destination: Destination
+    ) -> None:
         self._view = view
+        self._destination = destination
         self._rules = rules
         self._effects = Effects(view)
         self._rules_by_callee: dict[tuple[str, Any], list[Rule[Any]]] = {}
@@ -152,7 +156,9 @@ class Engine:
             made = edits.prepare(self._view, site, decided, slot)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
-        reason = action_refusal(site, self._view, self._effects, decided, made)
+        reason = action_refusal(
+            site, self._view, self._effects, decided, made
+        ) or self._destination.refusal(site, decided, slot, self._effects)
         if reason is not None:
             edits.discard(self._view, made)
             return reason

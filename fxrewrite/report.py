@@ -10,6 +10,7 @@ import attrs
 
 from .errors import ExpectationError
 from .matching import Miss
+from .renaming import Became
 
 Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
@@ -106,6 +107,8 @@ class Report:
     modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
     bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
+    into: str = "graph"
+    parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
 
     @property
     def applied(self) -> tuple[Finding, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import attrs
@@ -141,3 +142,25 @@ class RuleSet:
         names = [each.name for each in rules]
         if len(set(names)) < len(names):
             raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")
+
+
+def apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:
+    """The rule sets with rules of one name told apart by the names of their sets."""
+    rules = dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules)
+    uses = Counter(rule.name for rule in rules)
+    renamed = {
+        rule: attrs.evolve(rule, name=f"{rule_set.name}.{rule.name}")
+        for rule_set in rule_sets
+        for rule in rule_set.rules
+        if uses[rule.name] > 1
+    }
+    names = Counter(rule.name for rule in renamed.values())
+    for name, count in names.items():
+        if count > 1:
+            raise PatternError(f"{count} different rules are called {name}; give each its own name")
+    return [
+        attrs.evolve(rule_set, rules=[renamed.get(rule, rule) for rule in rule_set.rules])
+        if any(rule in renamed for rule in rule_set.rules)
+        else rule_set
+        for rule_set in rule_sets
+    ]

@@ -62,10 +62,10 @@ def action_refusal(
     site: Site, view: GraphView, effects: Effects, action: Action, made: Made
 ) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
-    first = site.links[0].node
-    for write in effects.writes_between(first, made.place) if made.place is not first else ():
-        if write not in site.nodes and _touches(write, site.input, view, effects):
-            return f"{describe(write, view)} writes in place to what the chain reads"
+    if made.place is not site.links[0].node:
+        reason = written_meanwhile(site, made.place, view, effects)
+        if reason is not None:
+            return reason
     for value in made.reads:
         before = _chain_relation(site, value, view)
         after = _new_relation(value, effects, action, made)
@@ -74,6 +74,14 @@ def action_refusal(
             reason = _storage_refusal(site, value, writes, view, effects, made)
             if reason is not None:
                 return reason
+    return None
+
+
+def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
+    """Why the chain's input may not be read as late as at this node, or None."""
+    for write in effects.writes_between(site.links[0].node, place):
+        if write not in site.nodes and _touches(write, site.input, view, effects):
+            return f"{describe(write, view)} writes in place to what the chain reads"
     return None
 
 

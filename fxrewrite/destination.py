@@ -1,0 +1,100 @@
+"""Where a rewrite goes, a graph module or a module tree: what may land there, and what is made.
+
+Finding and deciding don't know which. The engine edits its view either way; before it commits, it
+asks the destination whether the site may land there.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from .actions import Action, Replace
+from .declare import Call
+from .effects import Effects, hands_on
+from .matching import Link, Site, describe, name_of
+from .soundness import written_meanwhile
+from .view import GraphView
+
+_ELSEWHERE = "into='graph' can rewrite it"
+
+
+class Destination(Protocol):
+    """What the engine asks before it commits."""
+
+    def refusal(
+        self, site: Site, action: Action, slot: Link | None, effects: Effects
+    ) -> str | None:
+        """Why the outcome of this site can't be had there, or None."""
+
+
+class IntoGraph:
+    """A graph module: whatever the view's graph can say."""
+
+    def refusal(
+        self, site: Site, action: Action, slot: Link | None, effects: Effects
+    ) -> str | None:
+        """Nothing is refused."""
+        return None
+
+
+class IntoModules:
+    """The model's own module tree, whose forward code stays: modules give way to modules.
+
+    Where the chain was, the new module stands in the slot's place and `nn.Identity` in the place of
+    the others, so that names, indices and code that mentions them stay valid.
+    """
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._before = self._called()
+
+    def refusal(
+        self, site: Site, action: Action, slot: Link | None, effects: Effects
+    ) -> str | None:
+        """The forward calls what it calls, each module once; only what it calls may change."""
+        view = self._view
+        for link in site.links:
+            if link.module is None:
+                return (
+                    f"{describe(link.node, view)} is written out in the forward, which stays as "
+                    f"it is in a module tree; {_ELSEWHERE}"
+                )
+        if isinstance(action, Call):
+            return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
+        if isinstance(action, Replace) and action.inputs:
+            return (
+                "its replacement reads further values, which the forward would have to pass to it; "
+                f"{_ELSEWHERE}"
+            )
+        for link in site.links:
+            name, module = name_of(link.node), link.module
+            if module is not None and not view.only_user(module) and not self._stays(link, action):
+                return (
+                    f"{name} is used elsewhere too, and one module can't be both what it was and "
+                    f"what it becomes; {_ELSEWHERE}"
+                )
+        if isinstance(action, Replace) and slot is not None:
+            return written_meanwhile(site, slot.node, view, effects)
+        return None
+
+    def replaced(self) -> dict[int, nn.Module]:
+        """What stands in the place of each of the model's modules that changed, by identity."""
+        view, now = self._view, self._called()
+        new = {name: view.placed[name] for name in now if name in view.placed}
+        gone = {
+            name: nn.Identity().train(view.modules[name].training)
+            for name in self._before
+            if name not in now
+        }
+        return {id(view.modules[name]): module for name, module in {**gone, **new}.items()}
+
+    def _stays(self, link: Link, action: Action) -> bool:
+        """Whether a matched module may stay, since it does nothing where it is."""
+        module = link.module
+        return hands_on(module) and module is not None and not module.training
+
+    def _called(self) -> dict[str, None]:
+        calls = (node for node in self._view.graph.nodes if node.op == "call_module")
+        return dict.fromkeys(str(node.target) for node in calls)

@@ -1,0 +1,89 @@
+"""What became of each key of a model's state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import attrs
+import torch
+from torch import nn
+
+from .modules import _parent_name
+
+How = Literal["same", "changed", "moved", "folded", "gone"]
+
+
+@attrs.frozen
+class Became:
+    """What became of a tensor of the model, and under which keys the result has it.
+
+    `same`: the same tensor under the same key. `changed`: another tensor under the same key.
+    `moved`: the same tensor under another key. `folded`: the tensors of these keys were computed
+    with it, as far as the rule used it. `gone`: nothing of the result was made with it.
+    """
+
+    how: How
+    keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words."""
+        words = {"moved": "moved to ", "folded": "folded into "}.get(self.how, "")
+        return f"{words}{', '.join(self.keys)}" if words else self.how
+
+
+def renamed(model: nn.Module, made: nn.Module, rewritten: Mapping[str, str]) -> dict[str, Became]:
+    """For each key of the model's state dict, what became of it in the result.
+
+    `rewritten` has the names of the modules that were matched, with what each became.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> print(renamed(model, nn.Sequential(*model[1:]), {})["1.weight"])
+    moved to 0.weight
+    """
+    now = dict(_saved(made))
+    keys_of: dict[int, list[str]] = {}
+    for key, tensor in now.items():
+        keys_of.setdefault(id(tensor), []).append(key)
+    of_module: dict[str, list[str]] = {}
+    for key in now:
+        owner, _ = _parent_name(key)
+        while owner:
+            of_module.setdefault(owner, []).append(key)
+            owner, _ = _parent_name(owner)
+    result = {}
+    for key, tensor in _saved(model):
+        if now.get(key) is tensor:
+            result[key] = Became("same", (key,))
+        elif key in now:
+            result[key] = Became("changed", (key,))
+        elif id(tensor) in keys_of:
+            result[key] = Became("moved", tuple(keys_of[id(tensor)]))
+        else:
+            owner, _ = _parent_name(key)
+            keys = tuple(of_module.get(_end(owner, rewritten), ()))
+            result[key] = Became("folded", keys) if keys else Became("gone")
+    return result
+
+
+def _end(name: str, became: Mapping[str, str]) -> str:
+    """Where the chain of rewrites that starts with a module of that name came to an end."""
+    while name and name not in became:  # a tensor of a part of what was matched, or of none
+        name, _ = _parent_name(name)
+    seen: set[str] = set()
+    while name in became and name not in seen:
+        seen.add(name)
+        name = became[name]
+    return name
+
+
+def _saved(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Key and tensor of all that a state dict has, by whatever number of names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                yield prefix + key, tensor
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield prefix + key, buffer
