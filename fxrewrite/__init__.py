@@ -16,6 +16,7 @@ from .errors import (
     TraceError,
     UnknownRuleSetError,
 )
+from .guards import known_rank, known_shape
 from .modules import (
     _parent_name,
     delete_submodule,
@@ -57,6 +58,8 @@ __all__ = [
     "fuse",
     "get_rule_set",
     "get_submodule",
+    "known_rank",
+    "known_shape",
     "pattern",
     "pattern_of",
     "plan",

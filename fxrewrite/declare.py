@@ -24,13 +24,15 @@ T = TypeVar("T")
 class Value:
     """A value of the graph: what a chain reads or makes, or another argument of a step.
 
-    Shape and dtype are known where the rewrite was given example inputs, or the graph has
-    recorded them; otherwise they are None.
+    Shape, rank and dtype are known where the rewrite was given example inputs, or the graph has
+    recorded them; otherwise they are None. Where data decides a size, the shape is None and the
+    rank is known all the same.
     """
 
     name: str
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    rank: int | None = None
     node: fx.Node | None = attrs.field(default=None, repr=False)
 
 

@@ -331,4 +331,5 @@ def value_of(node: fx.Node) -> Value:
         return Value(node.name, node=node)
     # A size that only data decides is a symbol, and no guard can go by it.
     is_known = all(isinstance(size, int) for size in known.shape)
-    return Value(node.name, tuple(known.shape) if is_known else None, known.dtype, node)
+    shape = tuple(known.shape) if is_known else None
+    return Value(node.name, shape, known.dtype, len(known.shape), node)

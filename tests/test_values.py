@@ -75,8 +75,35 @@ def test_shapes_are_known_up_to_a_value_that_only_data_decides():
             return self.second(x[y.sum(-1) > 0])
 
     first, second = seen(Dynamic(), X)
-    assert first.after.shape == (2, 4)
-    assert second.after.shape is None
+    assert (first.after.shape, first.after.rank) == ((2, 4), 2)
+    assert (second.after.shape, second.after.rank) == (None, 2)
+    assert second.after.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("guard", "given", "data_dependent", "reason"),
+    [
+        (fxr.known_rank, None, False, "the rank of x is not known; example_inputs would decide it"),
+        (fxr.known_shape, None, False, "the shape of x is not known; example_inputs would decide"),
+        (fxr.known_shape, X, True, "the shape of getitem is not known, since it depends on data"),
+        (fxr.known_rank, X, True, None),
+        (fxr.known_shape, X, False, None),
+    ],
+)
+def test_guards_that_need_a_shape_say_what_would_decide_it(guard, given, data_dependent, reason):
+    class Relu(nn.Module):
+        def forward(self, x):
+            return torch.relu(x[x.sum(-1) > 0] if data_dependent else x)
+
+    @fxr.pattern
+    class Act:
+        before: fxr.Value
+        act: fxr.Call = fxr.call(torch.relu)
+
+    needy = fxr.rule(pattern=Act, where=[guard("before")], name="needy")(lambda m: fxr.Bypass())
+    (finding,) = fxr.plan(Relu(), needy, given).findings
+    assert finding.outcome == ("refused" if reason else "applied")
+    assert finding.reason.startswith(reason or "")
 
 
 def test_looking_for_shapes_computes_nothing_runs_no_hook_and_changes_nothing():
