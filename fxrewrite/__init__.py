@@ -5,7 +5,7 @@ A rule is a small pure function from a match to a replacement. The engine finds 
 it was.
 """
 
-from .actions import Action, Bypass, Replace
+from .actions import Action, Bypass, Replace, Revise
 from .api import fuse, plan, rewrite
 from .declare import Call, Pattern, Step, Value, call, chain, pattern, pattern_of
 from .errors import (
@@ -16,6 +16,7 @@ from .errors import (
     TraceError,
     UnknownRuleSetError,
 )
+from .family import Family
 from .guards import known_rank, known_shape
 from .modules import (
     _parent_name,
@@ -35,6 +36,7 @@ __all__ = [
     "Bypass",
     "Call",
     "ExpectationError",
+    "Family",
     "Finding",
     "FxRewriteError",
     "Guard",
@@ -42,6 +44,7 @@ __all__ = [
     "PatternError",
     "Replace",
     "Report",
+    "Revise",
     "Rule",
     "RuleError",
     "RuleSet",

@@ -1,7 +1,8 @@
-"""What a rule may return: the chain becomes a module's call, other calls, or nothing."""
+"""What a rule may return: the chain becomes a module's call, other calls, or loses steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import attrs
@@ -34,4 +35,25 @@ class Bypass:
     """The chain disappears: whoever read its output reads its input."""
 
 
-Action: TypeAlias = Replace | Call | Bypass
+@attrs.frozen(eq=False, init=False)
+class Revise:
+    """The chain stays a chain: steps get a new module or are left out, the others stay as they are.
+
+    A new module takes its step's qualified name, where nothing else uses that name.
+
+    >>> Revise(conv=nn.Conv2d(3, 8, 1), bn=nn.ReLU(), drop=None).steps["bn"]
+    ReLU()
+
+    Args:
+        steps: by name, the module that the step calls from now on, or None for a step that is left
+            out: what read its output reads its input. A step that may be absent may be named.
+    """
+
+    steps: Mapping[str, nn.Module | None]
+
+    def __init__(self, **steps: nn.Module | None) -> None:
+        """Of the steps that change."""
+        self.__attrs_init__(steps)
+
+
+Action: TypeAlias = Replace | Revise | Call | Bypass

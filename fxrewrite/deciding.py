@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .actions import Action, Bypass, Replace
+from .actions import Action, Bypass, Replace, Revise
 from .declare import Call
 from .errors import RuleError
 from .matching import Site
+from .modules import same_module
 from .ruleset import Rule
 from .snapshot import Snapshot
 
@@ -34,6 +35,19 @@ def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
     """The error for a rule that breaks its contract: which, where, and what it did."""
     declared = f" ({rule.source})" if rule.source else ""
     return RuleError(f"rule {rule.name!r}{declared} at {site}: {what}")
+
+
+def same_action(one: Action, other: Action) -> bool:
+    """Whether two actions put modules that are alike into the same steps, and read nothing else."""
+    if isinstance(one, Replace) and isinstance(other, Replace):
+        alone = not one.inputs and not other.inputs
+        return alone and one.slot == other.slot and same_module(one.module, other.module)
+    if isinstance(one, Revise) and isinstance(other, Revise):
+        pairs = [(module, other.steps.get(name)) for name, module in one.steps.items()]
+        return one.steps.keys() == other.steps.keys() and all(
+            a is b or (a is not None and b is not None and same_module(a, b)) for a, b in pairs
+        )
+    return False
 
 
 def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:
@@ -64,15 +78,30 @@ def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
         action = rule.build(match)
     except Exception as error:
         raise failure(rule, site, f"it raised {error!r}") from error
-    if not isinstance(action, Replace | Call | Bypass):
+    if not isinstance(action, Replace | Revise | Call | Bypass):
         raise failure(
             rule,
             site,
-            f"it returned {action!r}, not a Replace, Call or Bypass; to decline, use a guard",
+            f"it returned {action!r}, not a Replace, Revise, Call or Bypass; "
+            "to decline, use a guard",
         )
+    if isinstance(action, Revise):
+        _check_steps(rule, site, action)
     if isinstance(action, Replace) and not isinstance(action.module, nn.Module):
         raise failure(rule, site, f"it returned Replace({action.module!r}), which is not a module")
     return action
+
+
+def _check_steps(rule: Rule[Any], site: Site, action: Revise) -> None:
+    known = {step.name: step for step in rule.pattern.steps}
+    for name, module in action.steps.items():
+        if name not in known:
+            steps = ", ".join(known)
+            raise failure(rule, site, f"it revised {name!r}; the pattern's steps are {steps}")
+        if module is not None and not isinstance(module, nn.Module):
+            raise failure(rule, site, f"it returned Revise({name}={module!r}), which is no module")
+        if module is not None and known[name].repeats:
+            raise failure(rule, site, f"it gave a module to {name!r}, which may be many steps")
 
 
 def _held(match: Any) -> Iterator[Any]:
@@ -108,12 +137,18 @@ def _tensors_given(match: Any) -> Iterator[torch.Tensor]:
             yield each
 
 
-def _tensors_of(action: Replace | Call) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors_of(action: Replace | Revise | Call) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(action, Call):
         leaves = pytree.tree_leaves((action.args, dict(action.kwargs)))
         yield from (("constant", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        return
-    module = action.module
+    elif isinstance(action, Replace):
+        yield from _tensors_in(action.module)
+    else:
+        for module in action.steps.values():
+            yield from () if module is None else _tensors_in(module)
+
+
+def _tensors_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     if not module._modules:  # named_parameters() and named_buffers() cost more than the check
         held = (*module._parameters.items(), *module._buffers.items())
         yield from ((name, tensor) for name, tensor in held if tensor is not None)

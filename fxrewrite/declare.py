@@ -95,6 +95,7 @@ class Step:
     repeats: bool = False
     captures_call: bool = False
     chain: str | None = None
+    side_inputs: bool = True
 
     def __str__(self) -> str:
         """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`."""
@@ -131,9 +132,14 @@ class Pattern:
 class _CallTargets:
     targets: tuple[Any, ...]
     chain: str | None
+    side_inputs: bool
 
 
-def call(*targets: type[nn.Module] | Callable[..., Any] | str, chain: str | None = None) -> Any:
+def call(
+    *targets: type[nn.Module] | Callable[..., Any] | str,
+    chain: str | None = None,
+    side_inputs: bool = True,
+) -> Any:
     """Declare a step that is a call of any of these module types, functions or method names.
 
     The field's type is `Call` (or `Call | None` for a step that may be absent).
@@ -149,10 +155,13 @@ def call(*targets: type[nn.Module] | Callable[..., Any] | str, chain: str | None
         chain: the argument by which the chain's value enters, as the function names it (torch's
             `self` is called `input`). Without it each argument that is a value of the graph is
             tried in order, so that `add` matches on either side; the others are side inputs.
+        side_inputs: whether the call may read other values than the chain's. Without, its other
+            arguments are constants: plain values, the model's own tensors, and what is computed
+            from those alone. A call that reads more is then not this step, and no anchor.
     """
     if not targets:
         raise PatternError("call() needs at least one module type, function or method name")
-    return _CallTargets(targets, chain)
+    return _CallTargets(targets, chain, side_inputs)
 
 
 def chain(anchor: str | None = None, /, **steps: Any) -> type[Any]:
@@ -295,7 +304,17 @@ def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
         if kinds != (Call,):
             raise PatternError(f"{where}: a step given by call(...) is annotated as Call")
         modules, functions, methods = _sorted_targets(where, default.targets)
-        return Step(name, modules, functions, methods, optional, repeats, True, default.chain)
+        return Step(
+            name,
+            modules,
+            functions,
+            methods,
+            optional,
+            repeats,
+            captures_call=True,
+            chain=default.chain,
+            side_inputs=default.side_inputs,
+        )
     if default is not None or Call in kinds:
         raise PatternError(f"{where}: a Call step is declared as `{name}: Call = call(...)`")
     wrong = [kind for kind in kinds if not _is_module_type(kind)]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import nn
 
-from .actions import Action, Replace
+from .actions import Action, Replace, Revise
 from .declare import Call
 from .effects import Effects, hands_on
 from .matching import Link, Site, describe, name_of
@@ -55,7 +55,10 @@ class IntoModules:
     ) -> str | None:
         """The forward calls what it calls, each module once; only what it calls may change."""
         view = self._view
-        for link in site.links:
+        changed = list(site.links)
+        if isinstance(action, Revise):
+            changed = [link for link in changed if link.step.name in action.steps]
+        for link in changed:
             if link.module is None:
                 return (
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
@@ -68,7 +71,7 @@ class IntoModules:
                 "its replacement reads further values, which the forward would have to pass to it; "
                 f"{_ELSEWHERE}"
             )
-        for link in site.links:
+        for link in changed:
             name, module = name_of(link.node), link.module
             if module is not None and not view.only_user(module) and not self._stays(link, action):
                 return (

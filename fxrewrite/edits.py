@@ -9,30 +9,45 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from .actions import Action, Bypass, Replace
+from .actions import Action, Bypass, Replace, Revise
 from .declare import Call, Value
 from .matching import Link, Site
 from .view import GraphView
 
 
 @attrs.frozen(eq=False)
+class NewCall:
+    """The call of a new module to be: its node, what it reads, and the link whose name it takes."""
+
+    module: nn.Module
+    node: fx.Node
+    reads: tuple[fx.Node, ...]
+    slot: Link | None
+
+
+@attrs.frozen(eq=False)
 class Made:
     """What an action puts in a chain's place: its nodes, where they stand, and the new output.
 
-    `reads` are the values that it reads, or hands on, the chain's input first.
+    `reads` are the values that it reads, or hands on, the chain's input first; `calls` are the
+    calls of new modules; `kept` are those of the chain's nodes that stay, each with the value that
+    the chain has there from now on.
     """
 
     nodes: tuple[fx.Node, ...]
     place: fx.Node
     result: fx.Node
     reads: tuple[fx.Node, ...]
+    calls: tuple[NewCall, ...] = ()
+    kept: tuple[tuple[Link, fx.Node], ...] = ()
+    revises: bool = False
 
 
 def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> Made:
     """Make what the action asks for beside the chain, which is still as it was.
 
-    A new module's call takes over the slot's node when it is carried out, so nothing is made for
-    it here where there is a slot.
+    A new module's call takes over the node of its slot when it is carried out, so nothing is made
+    for it here where there is a slot.
 
     Raises:
         TypeError: a Call's function returns something other than one value of the graph, or the
@@ -44,11 +59,11 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
     if isinstance(action, Replace):
         reads = (site.input, *(_node_of(view, site, value) for value in action.inputs))
         place = site.last if action.inputs else first
-        if slot is not None:
-            return Made((), place, slot.node, reads)
-        with view.graph.inserting_before(place):
-            node = view.graph.create_node("call_module", "")
-        return Made((node,), place, node, reads)
+        node = _module_node(view, place) if slot is None else slot.node
+        nodes = (node,) if slot is None else ()
+        return Made(nodes, place, node, reads, (NewCall(action.module, node, reads, slot),))
+    if isinstance(action, Revise):
+        return _revised(view, site, action)
     if action.node is not None:
         return _made_again(view, site, action.node)
     place = site.last if _Speller.reads_values(action) else first
@@ -57,14 +72,39 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
     with view.graph.inserting_before(place):
         args = tracer.lift((site.input, *action.args))
         result = action.function(*args, **tracer.lift(action.kwargs))
-    nodes = []
+    spelt = []
     while before.next is not place:
         before = before.next
-        nodes.append(before)
+        spelt.append(before)
         view.count(before, +1)
     if not isinstance(result, fx.Proxy):
         raise TypeError(f"the function of its Call returned a {type(result).__name__}, not a value")
-    return _made(site, nodes, place, result.node)
+    return _made(site, spelt, place, result.node)
+
+
+def _module_node(view: GraphView, place: fx.Node) -> fx.Node:
+    with view.graph.inserting_before(place):
+        return view.graph.create_node("call_module", "")
+
+
+def _revised(view: GraphView, site: Site, action: Revise) -> Made:
+    nodes, calls, kept = [], [], []
+    value = site.input
+    for link in site.links:
+        module = action.steps.get(link.step.name)
+        if link.step.name not in action.steps:
+            kept.append((link, value))
+            value = link.node
+        elif module is not None:
+            slot = link if link.node.op == "call_module" else None
+            node = link.node if slot is not None else _module_node(view, link.node)
+            nodes += [] if slot is not None else [node]
+            calls.append(NewCall(module, node, (value,), slot))
+            value = node
+    reading = [call.node for call in calls] + [link.node for link, _ in kept]
+    first = min(reading, default=site.links[0].node)
+    reads = (site.input,)
+    return Made(tuple(nodes), first, value, reads, tuple(calls), tuple(kept), revises=True)
 
 
 def _made(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Made:
@@ -79,41 +119,58 @@ def discard(view: GraphView, made: Made) -> None:
         _erase(view, node)
 
 
-def call_module(view: GraphView, made: Made, target: str, module: nn.Module) -> None:
-    """Let a prepared node call the new module under this name."""
-    node = made.result
-    if node not in made.nodes:
+def call_module(view: GraphView, made: Made, call: NewCall, target: str) -> None:
+    """Let a prepared node call its new module under this name."""
+    node = call.node
+    if call.slot is not None:
         view.count(node, -1)
-        if node is not made.place:
+        # What replaces the whole chain stands in one place; a revised step stays where it is.
+        if node is made.result and node is not made.place and not made.revises:
             made.place.prepend(node)
     # What FX keeps up to date on assignment is not cheap, and most sites need none of it.
     if node.target != target:
         node.target = target
-    if node.args != made.reads:
-        node.args = made.reads
+    if node.args != call.reads:
+        node.args = call.reads
     if node.kwargs:
         node.kwargs = {}
-    view.place(target, module)
+    view.place(target, call.module)
     view.count(node, +1)
 
 
 def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
-    """Move the readers of the chain to what was made, and erase what is left of the chain."""
+    """Move the readers of the chain to what was made, and erase what is left of the chain.
+
+    Gives the nodes that stand there now, in order.
+    """
     last, result = site.last, made.result
     if result is not site.input:
         for node in made.nodes:
             node.meta = _provenance(last)
-        result.meta = last.meta
+        if all(result is not link.node for link, _ in made.kept):
+            result.meta = last.meta
+    for link, value in made.kept:
+        if value is not link.source:
+            link.node.replace_input_with(link.source, value)
     if result is not last:
         last.replace_all_uses_with(result)
+    stay = {result, *(call.node for call in made.calls), *(link.node for link, _ in made.kept)}
     for node in reversed(site.nodes):
-        if node is not result:
-            read = [each for each in node.all_input_nodes if each.op == "get_attr"]
+        if node not in stay:
+            read = [each for each in node.all_input_nodes if view.is_constant(each)]
             _erase(view, node)
-            for attribute in read:
-                if not attribute.users:
-                    _erase(view, attribute)
-    return list(made.nodes) or [each for each in site.nodes if each is result]
+            _erase_unread(view, read)
+    ours = [*made.nodes, *(node for node in site.nodes if node in stay)]
+    return sorted(ours) if made.revises else ours
+
+
+def _erase_unread(view: GraphView, constants: list[fx.Node]) -> None:
+    """What only the replaced chain read goes with it."""
+    while constants:
+        node = constants.pop()
+        if not node.users and not getattr(node, "_erased", False):
+            constants += node.all_input_nodes
+            _erase(view, node)
 
 
 def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:

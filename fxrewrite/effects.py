@@ -38,19 +38,22 @@ _FRESH_CALLS = frozenset(
 class Effects:
     """The in-place writes of a graph, in order.
 
-    `written_tensors` are the identities of the model's tensors that they reach.
+    `written_values` are the values that they reach, and `written_tensors` the identities of the
+    model's tensors among those.
     """
 
     def __init__(self, view: GraphView) -> None:
         self._view = view
         self._writes = [node for node in view.graph.nodes if written_by(node, view)]
         self._live = set(self._writes)
-        self.written_tensors = {
-            id(view.attribute(origin))
+        self.written_values = {
+            origin
             for write in self._writes
             for value in written_by(write, view)
             for origin in self.storage(value)
-            if origin.op == "get_attr"
+        }
+        self.written_tensors = {
+            id(view.attribute(each)) for each in self.written_values if each.op == "get_attr"
         }
 
     def note(self, node: fx.Node) -> None:

@@ -10,10 +10,10 @@ from torch import fx, nn
 
 from . import edits
 from .actions import Action, Replace
-from .deciding import decide, failure
+from .deciding import decide, failure, same_action
 from .destination import Destination
 from .effects import Effects
-from .matching import Link, Matcher, Miss, Site, accepts, capture, name_of
+from .matching import Link, Matcher, Miss, Site, accepts, calls, capture, name_of, reads_one_value
 from .parametrized import is_parametrized
 from .report import Bystander, Finding
 from .ruleset import Rule
@@ -34,10 +34,10 @@ class _Rewritten:
 
 @attrs.frozen(eq=False)
 class _Placed:
-    """A new module that further sites share, where it is, and what it was made from."""
+    """New modules that further sites share, where they are, and what they were made from."""
 
-    action: Replace
-    target: str
+    action: Action
+    targets: tuple[tuple[str, nn.Module], ...]
     made_from: tuple[nn.Module | None, ...]
 
 
@@ -134,8 +134,11 @@ class Engine:
         rules = self._rules_by_callee.get(key)
         if rules is None:
             anchors = [(rule, rule.pattern.steps[rule.pattern.anchor]) for rule in self._rules]
-            rules = [rule for rule, step in anchors if accepts(step, node, self._view)]
+            rules = [rule for rule, step in anchors if calls(step, node, self._view)]
             self._rules_by_callee[key] = rules
+        if any(not rule.pattern.steps[rule.pattern.anchor].side_inputs for rule in rules):
+            one = reads_one_value(node, self._view)
+            return [r for r in rules if one or r.pattern.steps[r.pattern.anchor].side_inputs]
         return rules
 
     def _apply(self, rule: Rule[Any], site: Site) -> _Rewritten | str:
@@ -146,11 +149,22 @@ class Engine:
         modules = tuple([link.module for link in site.links])
         key = (rule, *map(id, modules))
         shared = self._shared.get(key)
-        if shared is not None and not self._view.stands_at(shared.target, shared.action.module):
+        if shared is not None and not all(self._view.stands_at(*at) for at in shared.targets):
             shared = None  # it has been rewritten once more where it was
-        decided = shared.action if shared else decide(rule, site, capture(site, self._view))
+        # Sites that differ in more than their modules may be decided differently.
+        only_modules = not rule.pattern.values and not any(
+            link.step.captures_call for link in site.links
+        )
+        decided = (
+            shared.action
+            if shared is not None and only_modules
+            else decide(rule, site, capture(site, self._view))
+        )
         if isinstance(decided, str):
             return decided
+        if shared is not None and not only_modules:
+            shared = shared if same_action(shared.action, decided) else None
+            decided = shared.action if shared is not None else decided
         slot = _slot(rule, site, decided)
         try:
             made = edits.prepare(self._view, site, decided, slot)
@@ -162,17 +176,17 @@ class Engine:
         if reason is not None:
             edits.discard(self._view, made)
             return reason
-        target = ""
-        if isinstance(decided, Replace):
-            target, is_own = self._target(slot, decided.module)
-            if shared:
-                target = shared.target
-            # Sites that differ in more than their modules may be decided differently.
-            only_modules = not any(link.step.captures_call for link in site.links)
-            if not is_own and only_modules and not rule.pattern.values:
-                self._shared[key] = _Placed(decided, target, modules)
-            self._adopt(decided.module, modules)
-        return self._commit(rule, site, modules, decided, made, target)
+        if shared is not None:
+            targets = [target for target, _ in shared.targets]
+        else:
+            named = [self._target(call.slot, call.module) for call in made.calls]
+            targets = [target for target, _ in named]
+            if named and not any(is_own for _, is_own in named):
+                placed = [(t, c.module) for t, c in zip(targets, made.calls, strict=True)]
+                self._shared[key] = _Placed(decided, tuple(placed), modules)
+        for call in made.calls:
+            self._adopt(call.module, modules)
+        return self._commit(rule, site, modules, made, targets)
 
     def _adopt(self, module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
         """Give a new module the mode of those it replaces."""
@@ -195,29 +209,31 @@ class Engine:
         rule: Rule[Any],
         site: Site,
         modules: tuple[nn.Module | None, ...],
-        action: Action,
         made: edits.Made,
-        target: str,
+        targets: Sequence[str],
     ) -> _Rewritten:
-        notes = tuple(self._notes(site, modules, action))
+        notes = tuple(self._notes(site, modules, made))
         for node in site.nodes:
             self._effects.forget(node)
         try:
-            if isinstance(action, Replace):
-                edits.call_module(self._view, made, target, action.module)
+            for call, target in zip(made.calls, targets, strict=True):
+                edits.call_module(self._view, made, call, target)
             nodes = edits.hand_over(self._view, site, made)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
         for node in nodes:
             self._effects.note(node)
-        self._pass_on(rule, site, nodes)
-        return _Rewritten(nodes, target or ", ".join(node.name for node in nodes), notes)
+        kept = {link.node for link, _ in made.kept}
+        self._pass_on(rule, site, nodes, kept)
+        became = " -> " if made.revises else ", "
+        return _Rewritten(nodes, became.join(map(name_of, nodes)), notes)
 
     def _notes(
-        self, site: Site, modules: tuple[nn.Module | None, ...], action: Action
+        self, site: Site, modules: tuple[nn.Module | None, ...], made: edits.Made
     ) -> Iterator[str]:
         """What a user would want to know of a site that was rewritten."""
-        kept = action.module.parameters() if isinstance(action, Replace) else ()
+        stays = [link.module for link, _ in made.kept] + [call.module for call in made.calls]
+        kept = (each for module in stays if module is not None for each in module.parameters())
         kept_ids = set(map(id, kept)) if self._view.ties else set()
         for link, module in zip(site.links, modules, strict=True):
             if module is None:
@@ -230,7 +246,9 @@ class Engine:
                 if id(parameter) in self._view.ties and id(parameter) not in kept_ids:
                     yield f"the tie of {' and '.join(self._view.ties[id(parameter)])} ends here"
 
-    def _pass_on(self, rule: Rule[Any], site: Site, made: list[fx.Node]) -> None:
+    def _pass_on(
+        self, rule: Rule[Any], site: Site, made: list[fx.Node], kept: set[fx.Node]
+    ) -> None:
         """Settle what was known of the chain's nodes, and bound how often rules feed each other."""
         lineage = max((self._lineage.get(node, ()) for node in site.nodes), key=len)
         if len(made) >= len(site.links):  # what shrinks the graph comes to an end by itself
@@ -249,7 +267,7 @@ class Engine:
                 self._made.discard(node)
                 if node in self._pending:
                     self._pending.remove(node)
-        self._made.update(made)
+        self._made.update(node for node in made if node not in kept)
         if lineage:
             self._lineage.update(dict.fromkeys(made, lineage))
 

@@ -237,8 +237,8 @@ class Matcher:
             return inputs[:1]
         if step.chain is not None:
             return [entry for entry in inputs if entry[0] == step.chain]
-        # A chain starts from a value rather than from a parameter.
-        return sorted(inputs, key=lambda entry: entry[1].op == "get_attr")
+        # A chain starts from a value rather than from a constant.
+        return sorted(inputs, key=lambda entry: self.view.is_constant(entry[1]))
 
     def _link(self, step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
         takes, source = inputs[at]
@@ -248,7 +248,7 @@ class Matcher:
         read: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), read.append)
         read.remove(source)
-        side = tuple(each for each in read if each.op != "get_attr")
+        side = tuple(each for each in read if not self.view.is_constant(each))
         return Link(step, node, module, takes, source, side)
 
     def _note(self, step: int, node: fx.Node, found: Iterable[fx.Node], *, upstream: bool) -> None:
@@ -275,6 +275,16 @@ def name_of(node: fx.Node) -> str:
 
 
 def accepts(step: Step, node: fx.Node, view: GraphView) -> bool:
+    """Whether a node calls what a step names, and reads nothing that the step does not allow."""
+    return calls(step, node, view) and (step.side_inputs or reads_one_value(node, view))
+
+
+def reads_one_value(node: fx.Node, view: GraphView) -> bool:
+    """Whether all but one of a node's inputs are constants of the model."""
+    return sum(not view.is_constant(each) for each in node.all_input_nodes) == 1
+
+
+def calls(step: Step, node: fx.Node, view: GraphView) -> bool:
     """Whether a node calls one of a step's module types, functions or methods."""
     if node.op == "call_module":
         return isinstance(view.module(node), step.modules) if step.modules else False
@@ -317,8 +327,8 @@ def _captured(link: Link, view: GraphView) -> Any:
 
 
 def _resolved(node: fx.Node, view: GraphView) -> Any:
-    if node.op == "get_attr":
-        value = view.attribute(node)
+    if view.is_constant(node):
+        value = view.constant(node)
         if isinstance(value, torch.Tensor | nn.Module):
             return value
     return value_of(node)

@@ -168,3 +168,34 @@ def _parameter(
         like = next((each for each in module._parameters.values() if each is not None), None)
     wants_grad = like is None or like.requires_grad
     return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
+
+
+def same_module(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are alike in all they hold, their tensors to the bit."""
+    if one is other:
+        return True
+    mine, theirs = one.__dict__, other.__dict__
+    return (
+        type(one) is type(other)
+        and mine.keys() == theirs.keys()
+        and all(_same(mine[name], theirs[name]) for name in mine)
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = one.dtype == other.dtype and one.requires_grad == other.requires_grad
+        if one.is_meta or other.is_meta or one.device != other.device or not alike:
+            return False
+        return one.stride() == other.stride() and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, nn.Module):
+        return same_module(one, other)
+    return isinstance(one, bool | int | float | str | set) and one == other

@@ -10,14 +10,16 @@ import functools
 import inspect
 from typing import Any, Literal
 
+import attrs
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-from .actions import Action, Replace
+from .actions import Action, Replace, Revise
 from .edits import Made
 from .effects import Effects, hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
+from .family import FamilyType
 from .matching import Site, describe
 from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
 from .view import GraphView
@@ -68,8 +70,8 @@ def action_refusal(
             return reason
     for value in made.reads:
         before = _chain_relation(site, value, view)
-        after = _new_relation(value, effects, action, made)
-        writes = _writes_to(value, view, effects, action, made)
+        after = _new_relation(site, value, view, effects, action, made)
+        writes = _writes_to(site, value, view, effects, action, made)
         if writes or not before == after != "unknown":
             reason = _storage_refusal(site, value, writes, view, effects, made)
             if reason is not None:
@@ -156,7 +158,9 @@ def _module_refusal(site: Site, effects: Effects, any_mode: bool) -> str | None:
         inner = module.modules() if module._modules else (module,)
         reasons = (_state_refusal(each, effects, any_mode) for each in inner)
         kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
-        reason = next(filter(None, reasons), None) or _overridden(kind, link.step.modules)
+        reason = next(filter(None, reasons), None) or _overridden(
+            kind, link.step.modules, FamilyType.additions
+        )
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None
@@ -184,11 +188,19 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
 
 
 @functools.lru_cache(maxsize=4096)
-def _overridden(found: type[nn.Module], wanted: tuple[type[nn.Module], ...]) -> str | None:
+def _overridden(
+    found: type[nn.Module], wanted: tuple[type[nn.Module], ...], additions: int
+) -> str | None:
     """How a subclass of a step's type behaves differently, in words, or None."""
     plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
-    reasons = [_differs(plain, base) for base in wanted if issubclass(plain, base)]
+    bases = [_member(base, plain) for base in wanted if issubclass(plain, base)]
+    reasons = [_differs(plain, base) for base in bases]
     return None if None in reasons else reasons[0]
+
+
+def _member(base: Any, found: type[nn.Module]) -> Any:
+    """Whose behaviour a type must have: of a family, its nearest member's."""
+    return base.member(found) if isinstance(base, FamilyType) else base
 
 
 def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
@@ -205,13 +217,20 @@ def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
 
 
 def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | None:
-    """A tensor that a call step reads from the model is a constant to the rule."""
-    if not effects.written_tensors:
+    """What a call step reads of the model's own tensors is a constant to the rule."""
+    if not effects.written_values:
         return None
     for link in site.links:
-        for each in link.node.all_input_nodes:
-            if each.op == "get_attr" and id(view.attribute(each)) in effects.written_tensors:
-                return f"{describe(link.node, view)} reads {each.target}, which the model writes to"
+        pending = [each for each in link.node.all_input_nodes if view.is_constant(each)]
+        while pending:
+            each = pending.pop()
+            is_tensor = each.op == "get_attr"
+            if each in effects.written_values or (
+                is_tensor and id(view.attribute(each)) in effects.written_tensors
+            ):
+                what = each.target if is_tensor else describe(each, view)
+                return f"{describe(link.node, view)} reads {what}, which the model writes to"
+            pending += each.all_input_nodes
     return None
 
 
@@ -260,7 +279,14 @@ def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
     return "same" if all(hands_on(view.module(node)) for node in nodes) else "unknown"
 
 
-def _new_relation(value: fx.Node, effects: Effects, action: Action, made: Made) -> Relation:
+def _new_relation(
+    site: Site, value: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
+) -> Relation:
+    if isinstance(action, Revise):
+        steps = _remaining(site, action, view)
+        if any(step.is_fresh for step in steps):
+            return "new"
+        return "same" if all(step.hands_on for step in steps) else "unknown"
     if isinstance(action, Replace):
         if is_fresh_module(action.module):
             return "new"
@@ -271,7 +297,37 @@ def _new_relation(value: fx.Node, effects: Effects, action: Action, made: Made) 
     return "unknown" if effects.storage(made.result) & effects.storage(value) else "new"
 
 
-def _writes_to(x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made) -> bool:
+@attrs.frozen
+class _Remaining:
+    """A step that a revision leaves: whether its output is new storage, and so on."""
+
+    is_fresh: bool
+    hands_on: bool
+    writes: bool
+
+
+def _remaining(site: Site, action: Revise, view: GraphView) -> list[_Remaining]:
+    found = []
+    for link in site.links:
+        module = action.steps.get(link.step.name)
+        if module is not None:
+            about = is_fresh_module(module), hands_on(module), writes_in_place(module)
+        elif link.step.name not in action.steps:
+            writes = bool(written_by(link.node, view))
+            about = is_fresh(link.node, view), hands_on(view.module(link.node)), writes
+        else:
+            continue
+        found.append(_Remaining(*about))
+    return found
+
+
+def _writes_to(
+    site: Site, x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
+) -> bool:
+    if isinstance(action, Revise):
+        steps = _remaining(site, action, view)
+        new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
+        return any(step.writes for step in steps[: new + 1])
     if isinstance(action, Replace):
         return writes_in_place(action.module)
     return any(_touches(node, x, view, effects) for node in made.nodes)

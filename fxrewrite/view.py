@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .arguments import arguments
+from .constants import evaluate, is_constant
 from .modules import _parent_name, fresh_name
 
 
@@ -29,6 +30,7 @@ class GraphView:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self._users: Counter[int] = Counter()
         self._called: Counter[str] = Counter()
+        self._constants: set[fx.Node] = set()
         self._whole = {
             str(node.target)
             for node in graph.nodes
@@ -53,6 +55,14 @@ class GraphView:
         # A path may lead through a tensor or a plain object, as `scale.T` does.
         holder = self.modules.get(owner)
         return getattr(holder, name) if holder is not None else _walk(self.root, target)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether a value depends on nothing but the model's own tensors."""
+        return node in self._constants
+
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a node that is constant."""
+        return evaluate(node, self.attribute)
 
     def callee(self, node: fx.Node) -> Any:
         """What a node calls: a module's type, a function, or a method's name."""
@@ -130,8 +140,11 @@ class GraphView:
                     self._use(each, by)
                 if self._whole:
                     self._use_containers(str(node.target), by)
-        elif node.op == "get_attr":
+            return
+        if node.op == "get_attr":
             self._use_containers(str(node.target), by)
+        if by > 0 and is_constant(node, self._constants):
+            self._constants.add(node)
 
     def _use_containers(self, target: str, by: int) -> None:
         while "." in target:

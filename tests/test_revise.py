@@ -1,0 +1,258 @@
+"""The action Revise, families of module types, and constants that the forward computes."""
+
+import operator
+
+import checks
+import nets
+import pytest
+import torch
+from torch import nn
+
+import fxrewrite as fxr
+
+X = nets.random_input((2, 4, 5, 5))
+
+
+@fxr.pattern(anchor="bn")
+class ConvDropBn:
+    conv: nn.Conv2d
+    drop: nn.Dropout | None
+    bn: nn.BatchNorm2d
+    act: nn.ReLU | None
+
+
+def revising(**steps):
+    return fxr.rule(pattern=ConvDropBn, name="revising")(lambda m: fxr.Revise(**steps))
+
+
+def net(*layers):
+    return nets.randomise(nn.Sequential(*layers)).double()
+
+
+def test_steps_get_new_modules_under_their_own_names_and_the_others_stay():
+    model = net(nets.conv(), nn.Dropout(), nets.bn(), nn.ReLU())
+    before = checks.Record(model)
+    conv = nn.Conv2d(4, 4, 1).double()
+    rewritten, report = fxr.rewrite(model, revising(conv=conv, bn=nn.Tanh(), drop=None))
+    before.assert_unchanged()
+    assert rewritten.get_submodule("0") is conv
+    assert rewritten.get_submodule("3") is model[3]
+    assert [name for name, _ in rewritten.named_children()] == ["0", "2", "3"]
+    assert report.applied[0].became == "0 -> 2 -> 3"
+    torch.testing.assert_close(rewritten(X), torch.relu(torch.tanh(conv(X))), rtol=0, atol=0)
+
+
+def test_a_step_that_is_absent_may_be_named():
+    model = net(nets.conv(), nets.bn())
+    rewritten, _ = fxr.rewrite(model, revising(drop=None, bn=None), expect={"revising": 1})
+    assert torch.equal(rewritten(X), model[0](X))
+
+
+def test_leaving_out_all_steps_leaves_the_input():
+    model = net(nets.conv(), nn.Dropout(), nets.bn(), nn.ReLU())
+    rule = revising(conv=None, drop=None, bn=None, act=None)
+    assert torch.equal(fxr.rewrite(model, rule)[0](X), X)
+
+
+def test_a_module_that_something_else_uses_keeps_its_name():
+    """Where a name is in use, the new module gets a fresh one, each step by itself."""
+    conv, bn = nets.conv(), nets.bn()
+    model = nets.Forward(lambda m, x: m.bn(m.conv(x)) + m.conv(x), conv=conv, bn=bn).double()
+    new = nn.Conv2d(4, 4, 1).double()
+    rewritten, report = fxr.rewrite(model, revising(conv=new, bn=nn.Tanh()))
+    assert report.applied[0].became == "conv_1 -> bn"
+    torch.testing.assert_close(rewritten(X), torch.tanh(new(X)) + conv(X), rtol=0, atol=0)
+
+
+def test_sites_that_share_their_modules_share_the_new_ones():
+    model = nets.Forward(
+        lambda m, x: m.bn(m.conv(m.bn(m.conv(x)))), conv=nets.conv(), bn=nets.bn()
+    ).double()
+    rewritten, _ = fxr.rewrite(
+        model, revising(conv=nn.Conv2d(4, 4, 1).double(), bn=nn.Tanh()), expect={"revising": 2}
+    )
+    assert len(list(rewritten.children())) == 2
+
+
+def test_sites_that_differ_in_shape_share_modules_that_come_out_alike():
+    """A rule that sees shapes is asked at each site; equal results are one module."""
+
+    @fxr.pattern
+    class Seen:
+        conv: nn.Conv2d
+        x: fxr.Value
+        bn: nn.BatchNorm2d
+
+    @fxr.rule
+    def halve(m: Seen) -> fxr.Replace:
+        return fxr.Replace(fxr.evolve(m.conv, weight=m.conv.weight / 2), slot="conv")
+
+    model = nets.Forward(
+        lambda m, x: (m.bn(m.conv(x)), m.bn(m.conv(x[..., :4]))), conv=nets.conv(), bn=nets.bn()
+    ).double()
+    rewritten, _ = fxr.rewrite(model, halve, X, expect={"halve": 2})
+    assert len(list(rewritten.children())) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"norm": None}, "it revised 'norm'; the pattern's steps are conv, drop, bn, act"),
+        ({"bn": 3}, r"Revise\(bn=3\), which is no module"),
+    ],
+)
+def test_what_is_no_revision_is_an_error(steps, words):
+    with pytest.raises(fxr.RuleError, match=words):
+        fxr.rewrite(net(nets.conv(), nets.bn()), revising(**steps))
+
+
+def test_a_new_weight_that_is_not_finite_is_refused():
+    broken = nn.Conv2d(4, 4, 1)
+    broken.weight.data.fill_(float("inf"))
+    report = fxr.plan(net(nets.conv(), nets.bn()), revising(conv=broken))
+    assert "would not be finite" in report.refused[0].reason
+
+
+def test_a_write_in_place_must_not_reach_what_others_read():
+    """A step that writes to its input may not be left with an input that is read elsewhere."""
+    chain = fxr.chain(drop=nn.GELU, act=nn.ReLU)
+    rule = fxr.rule(pattern=chain, name="leave_out")(lambda m: fxr.Revise(drop=None))
+    model = nets.Forward(
+        lambda m, x: m.act(m.drop(x)) + x, drop=nn.GELU(), act=nn.ReLU(inplace=True)
+    )
+    assert "would write in place" in fxr.plan(model, rule).refused[0].reason
+
+
+def test_an_anchor_that_stays_is_accounted_for():
+    """A step that a revision keeps is still an anchor of the model."""
+    twice = fxr.chain(first=nn.ReLU, second=nn.ReLU)
+    rule = fxr.rule(pattern=twice, name="once")(lambda m: fxr.Revise(second=None))
+    report = fxr.plan(net(nets.conv(), nn.ReLU(), nn.ReLU()), rule)
+    assert [(each.anchor, each.outcome) for each in report.findings] == [
+        ("1", "missed"),
+        ("2", "applied"),
+    ]
+
+
+# Families.
+
+
+class Known(fxr.Family):
+    """Modules that this test knows of."""
+
+
+def drop_known():
+    pattern = fxr.chain(known=Known)
+    return fxr.rule(pattern=pattern, name="drop_known")(lambda m: fxr.Bypass())
+
+
+class Once(nn.Module):
+    def forward(self, x):
+        return x * 1
+
+
+def test_a_family_grows_by_type_and_by_name():
+    class Renamed(Once):
+        def extra_repr(self):
+            return "renamed"
+
+    class Differs(Once):
+        def forward(self, x):
+            return x * 2
+
+    model = nn.Sequential(Renamed(), Differs(), nn.ReLU()).eval()
+    assert not fxr.plan(model, drop_known()).findings
+    Known.add(f"{__name__}.Once")
+    report = fxr.plan(model, drop_known())
+    assert [each.outcome for each in report.findings] == ["applied", "refused"]
+    assert report.refused[0].reason == "1 is a Differs, whose forward is not that of Once"
+    Known.add(Differs, "told")
+    assert Known.known_of(Differs()) == "told"
+    fxr.rewrite(model, drop_known(), expect={"drop_known": 2})
+    with pytest.raises(KeyError):
+        Known.known_of(nn.ReLU())
+
+
+# Constants.
+
+
+def captured(forward, **members):
+    """What a rule is given as a factor in this forward; None if the product is no such step."""
+    found = []
+    pattern = fxr.chain(
+        conv=nn.Conv2d, scaled=fxr.call(operator.mul, torch.mul, "mul", side_inputs=False)
+    )
+    rule = fxr.rule(pattern=pattern, name="look", where=[lambda m: found.append(m) or "seen"])
+    model = nets.Forward(forward, conv=nets.conv(), **members)
+    report = fxr.plan(model, rule(lambda m: fxr.Bypass()))
+    if found:
+        (factor,) = found[0].scaled.kwargs.values()
+        return factor
+    return [each.reason for each in report.findings]
+
+
+GAMMA = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+SPELT = {
+    "view": (lambda m, x: m.conv(x) * m.gamma.view(1, -1, 1, 1), lambda g: g.view(1, -1, 1, 1)),
+    "index": (lambda m, x: m.gamma[:, None, None] * m.conv(x), lambda g: g[:, None, None]),
+    "exp": (lambda m, x: m.conv(x) * m.gamma.mul(2).sigmoid(), lambda g: (2 * g).sigmoid()),
+    "function": (lambda m, x: torch.mul(m.conv(x), torch.sqrt(m.gamma)), torch.sqrt),
+}
+
+
+@pytest.mark.parametrize("how", SPELT)
+def test_what_is_computed_from_parameters_alone_is_a_constant(how):
+    forward, expected = SPELT[how]
+    assert torch.equal(captured(forward, gamma=GAMMA).nan_to_num(), expected(GAMMA).nan_to_num())
+
+
+def test_a_call_that_reads_more_is_no_anchor():
+    assert captured(lambda m, x: m.conv(x) * x) == []
+
+
+def test_a_constant_that_is_written_to_is_none():
+    def forward(m, x):
+        doubled = m.gamma * 2
+        doubled.add_(1)
+        return m.conv(x) * doubled
+
+    assert captured(forward, gamma=GAMMA) == [
+        "mul_1 (mul()) reads mul (mul()), which the model writes to"
+    ]
+
+
+def test_what_computed_a_constant_goes_with_its_chain():
+    pattern = fxr.chain(conv=nn.Conv2d, scaled=fxr.call(operator.mul, side_inputs=False))
+    rule = fxr.rule(pattern=pattern, name="drop")(lambda m: fxr.Replace(m.conv))
+    model = nets.Forward(
+        lambda m, x: m.conv(x) * m.gamma.exp().view(1, -1, 1, 1), conv=nets.conv(), gamma=GAMMA
+    )
+    rewritten, _ = fxr.rewrite(model, rule, expect={"drop": 1})
+    assert [node.op for node in rewritten.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+# Into a module tree.
+
+
+def test_revised_steps_take_their_places_in_a_module_tree():
+    model = net(nets.conv(), nn.Dropout(), nets.bn(), nn.ReLU())
+    conv = nn.Conv2d(4, 4, 1).double()
+    rule = revising(conv=conv, bn=nn.Tanh(), drop=None)
+    rewritten, _ = fxr.rewrite(model, rule, into="modules", expect={"revising": 1})
+    kinds = [nn.Conv2d, nn.Identity, nn.Tanh, nn.ReLU]
+    assert [type(each) for each in rewritten.children()] == kinds
+    torch.testing.assert_close(rewritten(X), torch.relu(torch.tanh(conv(X))), rtol=0, atol=0)
+
+
+def test_a_step_that_reads_its_input_later_than_before_must_not_meet_a_write():
+    chain = fxr.chain(bn=nn.BatchNorm2d, act=nn.ReLU)
+    rule = fxr.rule(pattern=chain, name="late")(lambda m: fxr.Revise(bn=None, act=nn.Tanh()))
+
+    def forward(m, x):
+        x = x + 1
+        y = m.bn(x)
+        x.mul_(2)
+        return m.act(y)
+
+    report = fxr.plan(nets.Forward(forward, bn=nets.bn(), act=nn.ReLU()), rule)
+    assert report.refused[0].reason.endswith("writes in place to what the chain reads")
