@@ -16,7 +16,7 @@ def known_rank(*fields: str) -> Guard:
     ... class Flat:
     ...     x: fxr.Value
     ...     flatten: nn.Flatten
-    >>> known_rank("x")(Flat(x=Value("x"), flatten=nn.Flatten()))
+    >>> fxr.known_rank("x")(Flat(x=fxr.Value("x"), flatten=nn.Flatten()))
     'the rank of x is not known; example_inputs would decide it'
 
     Args:
@@ -28,7 +28,13 @@ def known_rank(*fields: str) -> Guard:
 def known_shape(*fields: str) -> Guard:
     """A guard that refuses where the shape of a captured value is not known.
 
-    >>> known_shape("x")(type("Match", (), {"x": Value("x", rank=2)})())
+    >>> from torch import nn
+    >>> import fxrewrite as fxr
+    >>> @fxr.pattern
+    ... class Flat:
+    ...     x: fxr.Value
+    ...     flatten: nn.Flatten
+    >>> fxr.known_shape("x")(Flat(x=fxr.Value("x", rank=2), flatten=nn.Flatten()))
     'the shape of x is not known, since it depends on data'
 
     Args:
