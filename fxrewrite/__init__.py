@@ -7,7 +7,7 @@ it was.
 
 from .actions import Action, Bypass, Replace, Revise
 from .api import fuse, plan, rewrite
-from .declare import Call, Pattern, Step, Value, call, chain, pattern, pattern_of
+from .declare import call, chain, pattern, pattern_of
 from .errors import (
     ExpectationError,
     FxRewriteError,
@@ -30,6 +30,7 @@ from .modules import (
 from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .ruleset import Guard, Rule, RuleSet, rule
+from .steps import Call, Pattern, Step, Value
 
 __all__ = [
     "Action",

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import attrs
 from torch import nn
 
-from .declare import Call, Value
+from .steps import Call, Value
 
 
 @attrs.frozen(eq=False)

@@ -66,7 +66,7 @@ def rewrite(
         raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
     rule_sets = apart(resolve(rules))
     unique = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
-    named = [kind for rule in unique for step in rule.pattern.steps for kind in step.modules]
+    named = [kind for rule in unique for kind in rule.pattern.module_types]
     graph, constants = trace(model, (*named, *checked_leaves(leaf_modules)), tracer)
     # Weights made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .actions import Action, Bypass, Replace, Revise
-from .declare import Call
 from .errors import RuleError
-from .matching import Site
 from .modules import same_module
 from .ruleset import Rule
+from .sites import Site
 from .snapshot import Snapshot
+from .steps import Call
 
 
 def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
@@ -109,7 +109,9 @@ def _held(match: Any) -> Iterator[Any]:
     for field in attrs.fields(type(match)):
         captured = getattr(match, field.name)
         for each in captured if isinstance(captured, tuple) else (captured,):
-            if isinstance(each, Call):
+            if hasattr(type(each), "__fxrewrite_pattern__"):
+                yield from _held(each)
+            elif isinstance(each, Call):
                 yield each.function
                 yield from pytree.tree_leaves(dict(each.kwargs))
             else:

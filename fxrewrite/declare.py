@@ -7,137 +7,29 @@ import keyword
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import attrs
-import torch
-from torch import fx, nn
+from torch import nn
 from typing_extensions import dataclass_transform
 
 from .errors import PatternError
+from .steps import Branch, Call, Pattern, Step, Value
 
 T = TypeVar("T")
-
-
-@attrs.frozen(eq=False)
-class Value:
-    """A value of the graph: what a chain reads or makes, or another argument of a step.
-
-    Shape, rank and dtype are known where the rewrite was given example inputs, or the graph has
-    recorded them; otherwise they are None. Where data decides a size, the shape is None and the
-    rank is known all the same.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    rank: int | None = None
-    node: fx.Node | None = attrs.field(default=None, repr=False)
-
-
-class Call:
-    """A function and its arguments: seen, as a captured step, or to be made, as an action.
-
-    Captured by a `call(...)` step, `function` is what the graph calls (a module, a function, or
-    a method's name) and `kwargs` holds its arguments by name, without the chain's own value,
-    which came in by the argument `takes`. A parameter of the model stands there as its tensor,
-    another value of the graph as a `Value`.
-
-    Returned by a rule, the chain becomes what `function(x, *args, **kwargs)` does to the chain's
-    input `x`. The function is traced, so each torch function that it calls becomes a node, and
-    each tensor among the arguments becomes an attribute of the rewritten model. A captured call
-    that is returned is made again, reading the chain's input.
-
-    >>> from torch.nn import functional as F
-    >>> Call(F.leaky_relu, negative_slope=0.1).kwargs
-    {'negative_slope': 0.1}
-    """
-
-    __slots__ = ("args", "function", "kwargs", "node", "takes")
-
-    def __init__(self, function: Any, /, *args: Any, **kwargs: Any) -> None:
-        """Of a function with the arguments that follow the chain's value."""
-        self.function = function
-        self.args = args
-        self.kwargs: Mapping[str, Any] = kwargs
-        self.takes: str | None = None
-        self.node: fx.Node | None = None
-
-    @classmethod
-    def captured(
-        cls, function: Any, kwargs: dict[str, Any], takes: str, node: fx.Node | None = None
-    ) -> Call:
-        """What the engine puts into a match, and a test may too: `takes` is the chain's way in."""
-        call = cls(function)
-        # It stands for a call that is there, so it can't be given other arguments.
-        call.kwargs = types.MappingProxyType(kwargs)
-        call.takes, call.node = takes, node
-        return call
-
-    def __repr__(self) -> str:
-        """The call as it would be written."""
-        given = [*map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
-        return (
-            f"Call({', '.join([getattr(self.function, '__name__', repr(self.function)), *given])})"
-        )
-
-
-@attrs.frozen
-class Step:
-    """One step of a chain: the module types, functions and methods that a node may call."""
-
-    name: str
-    modules: tuple[type[nn.Module], ...] = ()
-    functions: tuple[Callable[..., Any], ...] = ()
-    methods: tuple[str, ...] = ()
-    optional: bool = False
-    repeats: bool = False
-    captures_call: bool = False
-    chain: str | None = None
-    side_inputs: bool = True
-
-    def __str__(self) -> str:
-        """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`."""
-        names = [t.__name__ for t in self.modules]
-        names += [f"{getattr(f, '__name__', f)}()" for f in self.functions]
-        names += [f".{m}()" for m in self.methods]
-        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-@attrs.frozen
-class Pattern:
-    """A declared chain: its steps in data order, and the one that is looked for first.
-
-    `values` names fields that capture a value, each with the index of the step that follows it.
-    """
-
-    cls: type[Any]
-    steps: tuple[Step, ...]
-    anchor: int
-    values: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The name of the class that declares it."""
-        return self.cls.__name__
-
-    def __str__(self) -> str:
-        """The chain in one line; `?` may be absent, `*` any number of times."""
-        marks = ("*" if s.repeats else "?" if s.optional else "" for s in self.steps)
-        return " -> ".join(f"{s.name}{mark}" for s, mark in zip(self.steps, marks, strict=True))
 
 
 @attrs.frozen
 class _CallTargets:
     targets: tuple[Any, ...]
-    chain: str | None
+    chain: str | tuple[str, ...] | None
     side_inputs: bool
 
 
 def call(
     *targets: type[nn.Module] | Callable[..., Any] | str,
-    chain: str | None = None,
+    chain: str | tuple[str, ...] | None = None,
     side_inputs: bool = True,
 ) -> Any:
     """Declare a step that is a call of any of these module types, functions or method names.
@@ -154,7 +46,9 @@ def call(
         targets: module types, functions, and names of tensor methods.
         chain: the argument by which the chain's value enters, as the function names it (torch's
             `self` is called `input`). Without it each argument that is a value of the graph is
-            tried in order, so that `add` matches on either side; the others are side inputs.
+            tried in order, so that `add` matches on either side; the others are side inputs. For a
+            step that joins branches, one argument per branch; without it the branches come in as
+            the arguments are ordered, or in any order where the operation is commutative.
         side_inputs: whether the call may read other values than the chain's. Without, its other
             arguments are constants: plain values, the model's own tensors, and what is computed
             from those alone. A call that reads more is then not this step, and no anchor.
@@ -193,6 +87,9 @@ def pattern(cls: type[Any] | None = None, /, *, anchor: str | None = None) -> An
     The annotation says what the step may be: a module type, alternatives (`A | B`), a step that
     may be absent (`A | None`) or come any number of times (`tuple[A | B, ...]`), or a `Call`.
     A field of type `Value` is no step; it captures the value that flows where it stands.
+    A field whose type is another pattern is a branch: branches come first, all start from one
+    value, and the first step, a `Call`, joins them. A branch that may be absent (`P | None`) is
+    then the shared value itself.
 
     >>> @pattern
     ... class ConvBn:
@@ -252,13 +149,21 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
             raise PatternError(f"{cls.__name__}: no step can be named {name!r}")
     inherited = {step.name: step for base in cls.__mro__[:0:-1] for step in _steps_of(base)}
     own = inspect.get_annotations(cls)
+    branches = tuple(b for name, hint in hints.items() if (b := _branch(name, hint)) is not None)
+    no_steps = {branch.name for branch in branches}
+    no_steps.update(name for name, hint in hints.items() if hint is Value)
     steps = tuple(
         _step(cls, name, hint, cls.__dict__.get(name))
         if name in own or name not in inherited
         else inherited[name]
         for name, hint in hints.items()
-        if hint is not Value
+        if name not in no_steps
     )
+    if branches:
+        _check_branches(cls, branches, steps, list(hints))
+    for step in steps[1:] if branches else steps:
+        if isinstance(step.chain, tuple):
+            raise PatternError(f"{cls.__name__}.{step.name}: it joins nothing, so chain= is a name")
     required = [i for i, step in enumerate(steps) if not step.optional]
     if not required:
         raise PatternError(f"{cls.__name__}: at least one step must not be optional")
@@ -268,20 +173,57 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
         raise PatternError(f"{cls.__name__}: anchor={anchor!r} is none of its steps {always}")
     # attrs would strip the underscore of a private name from the constructor's argument.
     fields = {name: attrs.field(alias=name) for name in hints}
-    for step in steps:
-        if step.optional:
-            default = () if step.repeats else None
-            fields[step.name] = attrs.field(default=default, alias=step.name)
+    absent: dict[str, Any] = {b.name: None for b in branches if b.optional}
+    absent.update({s.name: () if s.repeats else None for s in steps if s.optional})
+    for name, default in absent.items():
+        fields[name] = attrs.field(default=default, alias=name)
     made = attrs.define(cls, these=fields, frozen=True, slots=True, kw_only=True, eq=False)
     at = required[-1] if anchor is None else index[anchor]
     names = list(hints)
     values = tuple(
-        (name, sum(hints[earlier] is not Value for earlier in names[: names.index(name)]))
+        (name, sum(earlier not in no_steps for earlier in names[: names.index(name)]))
         for name in names
         if hints[name] is Value
     )
-    made.__fxrewrite_pattern__ = Pattern(made, steps, at, values)
+    made.__fxrewrite_pattern__ = Pattern(made, steps, at, values, branches)
     return made
+
+
+def _branch(name: str, hint: Any) -> Branch | None:
+    """The branch that an annotation declares; None where it declares something else."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    plain = [kind for kind in kinds if kind is not type(None)]
+    if len(plain) != 1 or not isinstance(plain[0], type):
+        return None
+    declared = getattr(plain[0], "__fxrewrite_pattern__", None)
+    return Branch(name, declared, len(kinds) > 1) if isinstance(declared, Pattern) else None
+
+
+def _check_branches(
+    cls: type[Any], branches: tuple[Branch, ...], steps: tuple[Step, ...], names: list[str]
+) -> None:
+    last = max(names.index(branch.name) for branch in branches)
+    join = next(iter(steps), None)
+    if join is None or not join.captures_call or join.optional:
+        raise PatternError(
+            f"{cls.__name__}: after its branches there must be a step that joins them, declared "
+            "as `name: Call = call(...)`"
+        )
+    if names.index(join.name) != last + 1:
+        raise PatternError(
+            f"{cls.__name__}: branches come before all steps, and the step {join.name!r} right "
+            "after them joins them"
+        )
+    if len(branches) < 2 or all(branch.optional for branch in branches):
+        raise PatternError(
+            f"{cls.__name__}: {join.name!r} needs two branches to join, and one that is not empty"
+        )
+    if join.chain is not None and (
+        not isinstance(join.chain, tuple) or len(join.chain) != len(branches)
+    ):
+        raise PatternError(
+            f"{cls.__name__}.{join.name}: chain= must name one argument for each branch"
+        )
 
 
 def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
@@ -296,8 +238,7 @@ def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
         if len(typing.get_args(hint)) != 2 or typing.get_args(hint)[1] is not Ellipsis:
             raise PatternError(f"{where}: write tuple[A, ...] for any number of steps")
         hint = typing.get_args(hint)[0]
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(hint) if union else (hint,)
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
     optional = repeats or type(None) in kinds
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if isinstance(default, _CallTargets):
@@ -334,6 +275,10 @@ def _sorted_targets(where: str, targets: tuple[Any, ...]) -> tuple[Any, Any, Any
                 f"{where}: call() takes module types, functions and method names, not {function!r}"
             )
     return modules, functions, methods
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _is_module_type(kind: Any) -> bool:

@@ -11,10 +11,10 @@ from typing import Protocol
 from torch import nn
 
 from .actions import Action, Replace, Revise
-from .declare import Call
 from .effects import Effects, hands_on
-from .matching import Link, Site, describe, name_of
+from .sites import Link, Site, describe, name_of
 from .soundness import written_meanwhile
+from .steps import Call
 from .view import GraphView
 
 _ELSEWHERE = "into='graph' can rewrite it"
@@ -59,7 +59,7 @@ class IntoModules:
         if isinstance(action, Revise):
             changed = [link for link in changed if link.step.name in action.steps]
         for link in changed:
-            if link.module is None:
+            if link.module is None or len(link.sources) > 1:
                 return (
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
                     f"it is in a module tree; {_ELSEWHERE}"

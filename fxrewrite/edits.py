@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from .actions import Action, Bypass, Replace, Revise
-from .declare import Call, Value
-from .matching import Link, Site
+from .sites import Link, Site
+from .steps import Call, Value
 from .view import GraphView
 
 
@@ -53,7 +53,7 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
         TypeError: a Call's function returns something other than one value of the graph, or the
             action reads what is no value beside the chain.
     """
-    first = site.links[0].node
+    first = site.first
     if isinstance(action, Bypass):
         return Made((), first, site.input, (site.input,))
     if isinstance(action, Replace):
@@ -88,6 +88,8 @@ def _module_node(view: GraphView, place: fx.Node) -> fx.Node:
 
 
 def _revised(view: GraphView, site: Site, action: Revise) -> Made:
+    if site.pattern.branches:
+        raise TypeError("Revise changes steps of a chain, and this one has branches")
     nodes, calls, kept = [], [], []
     value = site.input
     for link in site.links:
@@ -175,10 +177,12 @@ def _erase_unread(view: GraphView, constants: list[fx.Node]) -> None:
 
 def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:
     """The same call once more, reading the chain's input where it read the chain."""
-    source = next(link.source for link in site.links if link.node is node)
+    sources = next(link.sources for link in site.links if link.node is node)
+    if len(sources) > 1:
+        raise TypeError(f"{node.name} joins branches, so it can't be made again without them")
 
     def moved(each: fx.Node) -> fx.Node:
-        return site.input if each is source else each
+        return site.input if each is sources[0] else each
 
     with view.graph.inserting_before(node):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), moved)

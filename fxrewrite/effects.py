@@ -34,6 +34,8 @@ _FRESH_CALLS = frozenset(
     "softmax softplus sqrt stack sub sum tanh true_divide truediv".split()
 )
 
+_IN_PLACE_CALLS = {f"{name}_" for name in _FRESH_CALLS}
+
 
 class Effects:
     """The in-place writes of a graph, in order.
@@ -79,7 +81,7 @@ class Effects:
         pending, seen = [value], {value}
         while pending:
             node = pending.pop()
-            sources = [] if is_fresh(node, self._view) else node.all_input_nodes
+            sources = lends(node, self._view)
             pending += [source for source in sources if source not in seen]
             seen.update(sources)
         return seen
@@ -94,7 +96,7 @@ class Effects:
             for reader in node.users:
                 if after < reader and node in written_by(reader, self._view):
                     return reader
-                if reader not in seen and not is_fresh(reader, self._view):
+                if reader not in seen and node in lends(reader, self._view):
                     seen.add(reader)
                     pending.append(reader)
         return None
@@ -121,12 +123,26 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
     return written
 
 
+def lends(node: fx.Node, view: GraphView) -> list[fx.Node]:
+    """The values whose storage a node's output may share."""
+    if is_fresh(node, view):
+        return []
+    return written_by(node, view) if _returns_what_it_writes(node) else node.all_input_nodes
+
+
+def _returns_what_it_writes(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        known = node.target in _IN_PLACE_OPERATORS and node.target is not operator.setitem
+        return known or (base_name(node.target) in _IN_PLACE_CALLS and _is_torch(node.target))
+    return node.op == "call_method" and node.target in _IN_PLACE_CALLS
+
+
 def is_fresh(node: fx.Node, view: GraphView) -> bool:
     """Whether a node's output is sure to share no storage with its inputs."""
     if node.op == "call_module":
         return is_fresh_module(view.module(node))
     if node.op == "call_function":
-        known = _base_name(node.target) in _FRESH_CALLS and _is_torch(node.target)
+        known = base_name(node.target) in _FRESH_CALLS and _is_torch(node.target)
         return known and not written_by(node, view)
     return node.op != "call_method" or node.target in _FRESH_CALLS
 
@@ -154,7 +170,8 @@ def writes_in_place(module: nn.Module | None) -> bool:
     return any(each.__dict__.get("inplace") is True for each in module.modules())
 
 
-def _base_name(function: Any) -> str:
+def base_name(function: Any) -> str:
+    """What a function or operator is called, without its namespace and overload."""
     if isinstance(function, torch._ops.OpOverload):
         return str(function._schema.name).rpartition("::")[2]
     return getattr(function, "__name__", "")

@@ -10,13 +10,15 @@ from torch import fx, nn
 
 from . import edits
 from .actions import Action, Replace
+from .captures import capture
 from .deciding import decide, failure, same_action
 from .destination import Destination
 from .effects import Effects
-from .matching import Link, Matcher, Miss, Site, accepts, calls, capture, name_of, reads_one_value
+from .matching import Matcher, accepts, calls, reads_one_value
 from .parametrized import is_parametrized
 from .report import Bystander, Finding
 from .ruleset import Rule
+from .sites import Link, Miss, Site, name_of
 from .soundness import action_refusal, refusal
 from .view import GraphView
 
@@ -292,7 +294,7 @@ def _slot(rule: Rule[Any], site: Site, action: Action) -> Link | None:
     calls_module = [link for link in site.links if link.node.op == "call_module"]
     if action.slot is None:
         return calls_module[0] if calls_module else None
-    named = [link for link in site.links if link.step.name == action.slot]
+    named = [link for link in site.links if link.name == action.slot]
     if not named:
         steps = ", ".join(step for step, _ in site.steps)
         raise failure(rule, site, f"it named the slot {action.slot!r}; this match has {steps}")

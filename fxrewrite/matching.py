@@ -6,140 +6,45 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-import attrs
-import torch
-from torch import fx, nn
+from torch import fx
 
-from .declare import Call, Pattern, Step, Value
-from .parametrized import without_parametrizations
+from .effects import base_name
+from .sites import Link, Miss, Seen, Site
+from .steps import Branch, Pattern, Step
 from .view import GraphView
 
 _FOUND_AT_MOST = 3
-
-
-@attrs.frozen(eq=False)
-class Link:
-    """A node in its role as a step, and the module that it calls, if it calls one.
-
-    The chain enters it by the argument `takes`, whose value is `source`; `side_inputs` are the
-    other values of the graph that it reads.
-    """
-
-    step: Step
-    node: fx.Node
-    module: nn.Module | None
-    takes: str
-    source: fx.Node
-    side_inputs: tuple[fx.Node, ...] = ()
-
-
-@attrs.frozen(eq=False)
-class Site:
-    """Where a pattern matched: its links in data order."""
-
-    pattern: Pattern
-    links: tuple[Link, ...]
-
-    @property
-    def input(self) -> fx.Node:
-        """The value that the chain starts from."""
-        return self.links[0].source
-
-    @property
-    def last(self) -> fx.Node:
-        """The node whose value is the chain's output."""
-        return self.links[-1].node
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        """The chain's nodes, in data order."""
-        return [link.node for link in self.links]
-
-    @property
-    def steps(self) -> tuple[tuple[str, str], ...]:
-        """Each step's name with what it calls, by qualified name where that is a module."""
-        return tuple((link.step.name, name_of(link.node)) for link in self.links)
-
-    def __str__(self) -> str:
-        """The chain in one line."""
-        return " -> ".join(name for _, name in self.steps)
-
-
-@attrs.frozen
-class Seen:
-    """What a node was when it was looked at; it is put into words only when asked for."""
-
-    op: str
-    name: str
-    target: Any
-    kind: type[Any] | None
-
-    @classmethod
-    def of(cls, node: fx.Node, view: GraphView) -> Seen:
-        """What a node is now."""
-        module = view.module(node)
-        return cls(node.op, node.name, node.target, None if module is None else type(module))
-
-    def __str__(self) -> str:
-        """By its module's qualified name, its function or its method."""
-        if self.kind is not None:
-            return f"{self.target} ({self.kind.__name__})"
-        if self.op == "call_function":
-            return f"{self.name} ({getattr(self.target, '__name__', self.target)}())"
-        if self.op == "call_method":
-            return f"{self.name} (.{self.target}())"
-        if self.op == "placeholder":
-            return f"the model's input {self.target!r}"
-        if self.op == "get_attr":
-            return f"the model's attribute {self.target}"
-        return "the model's output"
-
-
-@attrs.frozen(eq=False)
-class Miss:
-    """An anchor whose chain stopped: the step that was wanted, and what stood there instead.
-
-    `beside` is the last node that did match, None where that is the anchor itself. `by_another`
-    are those of `found` that are the wanted step, but read the chain by another argument.
-    """
-
-    pattern: Pattern
-    step: int
-    upstream: bool
-    beside: Seen | None
-    found: tuple[Seen, ...]
-    by_another: frozenset[Seen]
-    depth: int
-
-    def __str__(self) -> str:
-        """The reason as a sentence."""
-        wanted = self.pattern.steps[self.step]
-        who = self.beside or "it"
-        if not self.found and self.upstream:
-            return f"{who} reads no value of the graph"
-        if not self.found:
-            return f"nothing reads {self.beside or 'its output'}, where a {wanted} is wanted"
-        verb = "reads" if self.upstream else "feeds"
-        found = (
-            f"{each} by another argument" if each in self.by_another else str(each)
-            for each in self.found
-        )
-        return f"{who} {verb} {' and '.join(found)}, not a {wanted}"
+_FAR = 1000
+# Operations for which it makes no difference in which order branches come in.
+_COMMUTATIVE = frozenset(
+    "add iadd mul imul multiply maximum minimum logical_and logical_or logical_xor "
+    "and_ or_ xor bitwise_and bitwise_or bitwise_xor".split()
+)
 
 
 class Matcher:
     """Matches one pattern at one anchor; steps before it are sought upstream, the others down.
 
-    The anchor may be made to stand for another step than the pattern's own by `at`.
+    The anchor may be made to stand for another step than the pattern's own by `at`. A branch is
+    matched in the same way, by a matcher that starts `behind` it: from the node that joins it, with
+    the one argument by which it comes in.
     """
 
     def __init__(
-        self, pattern: Pattern, view: GraphView, anchor: fx.Node, at: int | None = None
+        self,
+        pattern: Pattern,
+        view: GraphView,
+        anchor: fx.Node,
+        at: int | None = None,
+        branch: str = "",
+        behind: tuple[fx.Node, tuple[str, fx.Node]] | None = None,
     ) -> None:
         self.pattern = pattern
         self.view = view
         self.anchor = anchor
         self.at = pattern.anchor if at is None else at
+        self.branch = branch
+        self.behind = behind
         self.miss: Miss | None = None
 
     def match(self) -> Site | Miss:
@@ -159,15 +64,17 @@ class Matcher:
         """The links of steps `..i` that feed this node, and its own."""
         if i >= 0 and self.pattern.steps[i].repeats:
             return self._repeated(i, step, node)
+        if i < 0 and self.pattern.branches:
+            return self._joined(step, node)
         inputs = self._inputs(step, node)
         if i < 0:
-            return [self._link(step, node, inputs, 0)] if inputs else None
+            return [self._link(step, node, inputs[0])] if inputs else None
         wanted = self.pattern.steps[i]
-        for at, (_, producer) in enumerate(inputs):
-            if accepts(wanted, producer, self.view):
-                links = self._upstream(i - 1, wanted, producer)
+        for entry in inputs:
+            if self._may_be(wanted, entry[1]):
+                links = self._upstream(i - 1, wanted, entry[1])
                 if links is not None:
-                    links.append(self._link(step, node, inputs, at))
+                    links.append(self._link(step, node, entry))
                     return links
         if wanted.optional:
             return self._upstream(i - 1, step, node)
@@ -180,16 +87,54 @@ class Matcher:
         run: list[Link] = []
         while True:
             inputs = self._inputs(step, node)
-            fits = (at for at, (_, each) in enumerate(inputs) if accepts(wanted, each, self.view))
-            at = next(fits, None)
-            if at is None:
+            entry = next((each for each in inputs if self._may_be(wanted, each[1])), None)
+            if entry is None:
                 break
-            run.append(self._link(step, node, inputs, at))
+            run.append(self._link(step, node, entry))
             step, node = wanted, run[-1].source
         while (links := self._upstream(i - 1, step, node)) is None and run:
             last = run.pop()
             step, node = last.step, last.node
         return None if links is None else [*links, *reversed(run)]
+
+    def _may_be(self, wanted: Step, producer: fx.Node) -> bool:
+        """Whether a node upstream can be the wanted step."""
+        # Branches part at a value with several readers, so what may be absent ends there.
+        if self.branch and wanted.optional and len(producer.users) > 1:
+            return False
+        return accepts(wanted, producer, self.view)
+
+    def _joined(self, step: Step, node: fx.Node) -> list[Link] | None:
+        """The links of the branches that this node joins, and its own."""
+        branches = self.pattern.branches
+        for entries in _orders(self.view, step, node, len(branches)):
+            found = [self._branch(*each, node) for each in zip(branches, entries, strict=True)]
+            chains = [each for each in found if each is not None]
+            if len(chains) == len(branches):
+                starts = dict.fromkeys(start for start, _ in chains)
+                if len(starts) == 1:
+                    links = [link for _, chain in chains for link in chain]
+                    return [*links, self._link(step, node, *entries)]
+                self._note(None, node, starts, upstream=True)
+        if self.miss is None:
+            self._note(None, node, (), upstream=True)
+        return None
+
+    def _branch(
+        self, branch: Branch, entry: tuple[str, fx.Node], join: fx.Node
+    ) -> tuple[fx.Node, list[Link]] | None:
+        """The value that a branch starts from and its links, none where the branch is absent."""
+        if branch.optional and len(entry[1].users) > 1:
+            return entry[1], []
+        path = f"{self.branch}{branch.name}."
+        last = len(branch.pattern.steps)
+        inner = Matcher(branch.pattern, self.view, self.anchor, last, path, (join, entry))
+        links = inner._upstream(last - 1, Step("", captures_call=True), join)
+        if links is not None:
+            return links[0].source, links[:-1]
+        if inner.miss is not None and (self.miss is None or inner.miss.depth > self.miss.depth):
+            self.miss = inner.miss
+        return None
 
     def _downstream(self, i: int, node: fx.Node) -> list[Link] | None:
         """The links of steps `i..` that follow this node."""
@@ -225,13 +170,15 @@ class Matcher:
         for reader in node.users:
             if accepts(wanted, reader, self.view):
                 inputs = self._inputs(wanted, reader)
-                at = next((at for at, (_, value) in enumerate(inputs) if value is node), None)
-                if at is not None:
-                    links.append(self._link(wanted, reader, inputs, at))
+                entry = next((each for each in inputs if each[1] is node), None)
+                if entry is not None:
+                    links.append(self._link(wanted, reader, entry))
         return links
 
     def _inputs(self, step: Step, node: fx.Node) -> list[tuple[str, fx.Node]]:
         """The arguments by which a chain may enter this node."""
+        if self.behind is not None and node is self.behind[0]:
+            return [self.behind[1]]
         inputs = list(self.view.inputs(node).items())
         if not step.captures_call:
             return inputs[:1]
@@ -240,24 +187,32 @@ class Matcher:
         # A chain starts from a value rather than from a constant.
         return sorted(inputs, key=lambda entry: self.view.is_constant(entry[1]))
 
-    def _link(self, step: Step, node: fx.Node, inputs: list[tuple[str, fx.Node]], at: int) -> Link:
-        takes, source = inputs[at]
+    def _link(self, step: Step, node: fx.Node, *entries: tuple[str, fx.Node]) -> Link:
+        names, sources = zip(*entries, strict=True)
+        takes = names if len(names) > 1 else names[0]
         module = self.view.module(node)
         if len(node.args) + len(node.kwargs) == 1:
-            return Link(step, node, module, takes, source)
+            return Link(step, node, module, takes, sources, branch=self.branch)
         read: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), read.append)
-        read.remove(source)
+        for source in sources:
+            read.remove(source)
         side = tuple(each for each in read if not self.view.is_constant(each))
-        return Link(step, node, module, takes, source, side)
+        return Link(step, node, module, takes, sources, side, self.branch)
 
-    def _note(self, step: int, node: fx.Node, found: Iterable[fx.Node], *, upstream: bool) -> None:
-        depth = abs(step - self.at)
+    def _note(
+        self, step: int | None, node: fx.Node, found: Iterable[fx.Node], *, upstream: bool
+    ) -> None:
+        depth = abs((step or 0) - self.at)
+        if self.behind is not None:  # a branch leads further than any step beside it
+            depth += _FAR * self.branch.count(".")
         if self.miss is None or depth > self.miss.depth:
             beside = None if node is self.anchor else Seen.of(node, self.view)
             nearest = list(itertools.islice(found, _FOUND_AT_MOST))
-            wanted = self.pattern.steps[step]
-            by_another = () if upstream else (n for n in nearest if accepts(wanted, n, self.view))
+            by_another: Iterable[fx.Node] = ()
+            if step is not None and not upstream:
+                wanted = self.pattern.steps[step]
+                by_another = (n for n in nearest if accepts(wanted, n, self.view))
             self.miss = Miss(
                 self.pattern,
                 step,
@@ -266,12 +221,26 @@ class Matcher:
                 tuple([Seen.of(each, self.view) for each in nearest]),
                 frozenset(Seen.of(each, self.view) for each in by_another),
                 depth,
+                self.branch,
             )
 
 
-def name_of(node: fx.Node) -> str:
-    """What reports call a node: the qualified name of the module it calls, or else its own."""
-    return str(node.target) if node.op == "call_module" else node.name
+def _orders(
+    view: GraphView, step: Step, node: fx.Node, count: int
+) -> Iterable[tuple[tuple[str, fx.Node], ...]]:
+    """The ways in which that many branches may come into a node, each by an argument."""
+    inputs = view.inputs(node)
+    if isinstance(step.chain, tuple):
+        given = tuple((name, inputs[name]) for name in step.chain if name in inputs)
+        return [given] if len(given) == count else []
+    entries = [entry for entry in inputs.items() if not view.is_constant(entry[1])]
+    # With a further argument, such as torch.add's alpha, the sides may differ.
+    is_symmetric = len(inputs) == len(view.arguments(node)) and _is_commutative(node.target)
+    return (itertools.permutations if is_symmetric else itertools.combinations)(entries, count)
+
+
+def _is_commutative(target: Any) -> bool:
+    return base_name(target).rstrip("_") in _COMMUTATIVE or base_name(target) in _COMMUTATIVE
 
 
 def accepts(step: Step, node: fx.Node, view: GraphView) -> bool:
@@ -291,55 +260,3 @@ def calls(step: Step, node: fx.Node, view: GraphView) -> bool:
     if node.op == "call_function":
         return node.target in step.functions
     return node.op == "call_method" and node.target in step.methods
-
-
-def describe(node: fx.Node, view: GraphView) -> str:
-    """A node as a message names it: by its module's qualified name, its function or its method."""
-    return str(Seen.of(node, view))
-
-
-def capture(site: Site, view: GraphView) -> Any:
-    """The match that a rule is given: an instance of the pattern's class."""
-    fields: dict[str, Any] = {}
-    for link in site.links:
-        value = _captured(link, view)
-        if link.step.repeats:
-            value = (*fields.get(link.step.name, ()), value)
-        fields[link.step.name] = value
-    for name, index in site.pattern.values:
-        following = {step.name for step in site.pattern.steps[index:]}
-        reads = (link.source for link in site.links if link.step.name in following)
-        fields[name] = value_of(next(reads, site.last))
-    return site.pattern.cls(**fields)
-
-
-def _captured(link: Link, view: GraphView) -> Any:
-    plain = None if link.module is None else without_parametrizations(link.module)
-    if not link.step.captures_call:
-        return plain
-    kwargs = {
-        name: fx.node.map_arg(value, lambda node: _resolved(node, view))
-        for name, value in view.arguments(link.node).items()
-        if name != link.takes
-    }
-    function = link.node.target if plain is None else plain
-    return Call.captured(function, kwargs, link.takes, link.node)
-
-
-def _resolved(node: fx.Node, view: GraphView) -> Any:
-    if view.is_constant(node):
-        value = view.constant(node)
-        if isinstance(value, torch.Tensor | nn.Module):
-            return value
-    return value_of(node)
-
-
-def value_of(node: fx.Node) -> Value:
-    """A node's value as a rule sees it."""
-    known = node.meta.get("val")
-    if not isinstance(known, torch.Tensor):
-        return Value(node.name, node=node)
-    # A size that only data decides is a symbol, and no guard can go by it.
-    is_known = all(isinstance(size, int) for size in known.shape)
-    shape = tuple(known.shape) if is_known else None
-    return Value(node.name, shape, known.dtype, len(known.shape), node)

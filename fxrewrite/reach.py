@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .matching import describe
 from .report import Finding
 from .ruleset import Rule
+from .sites import describe
 from .soundness import has_hooks
 from .view import GraphView
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import attrs
 
 from .errors import ExpectationError
-from .matching import Miss
 from .renaming import Became
+from .sites import Miss, in_one_line
 
 Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
@@ -52,7 +52,7 @@ class Finding:
         """The finding as a sentence."""
         if self.outcome != "applied":
             return f"{self.anchor}: {self.outcome} by {self.rule}: {self.reason}"
-        chain = " -> ".join(to for _, to in self.steps)
+        chain = in_one_line(self.steps)
         became = "; ".join((self.became or "nothing", *self.notes))
         return f"{self.anchor}: applied by {self.rule}: {chain} became {became}"
 

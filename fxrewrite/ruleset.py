@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeAlias, TypeVar, overload
 import attrs
 
 from .actions import Action
-from .declare import Pattern, annotations_of, pattern_of, source_of
+from .declare import annotations_of, pattern_of, source_of
 from .errors import PatternError
+from .steps import Pattern
 
 M = TypeVar("M")
 

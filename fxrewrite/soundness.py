@@ -18,10 +18,18 @@ from torch.nn.utils import parametrize
 
 from .actions import Action, Replace, Revise
 from .edits import Made
-from .effects import Effects, hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
+from .effects import (
+    Effects,
+    hands_on,
+    is_fresh,
+    is_fresh_module,
+    lends,
+    writes_in_place,
+    written_by,
+)
 from .family import FamilyType
-from .matching import Site, describe
 from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
+from .sites import Site, describe
 from .view import GraphView
 
 HOOKS = (
@@ -64,7 +72,7 @@ def action_refusal(
     site: Site, view: GraphView, effects: Effects, action: Action, made: Made
 ) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
-    if made.place is not site.links[0].node:
+    if made.place is not site.first:
         reason = written_meanwhile(site, made.place, view, effects)
         if reason is not None:
             return reason
@@ -81,7 +89,7 @@ def action_refusal(
 
 def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
-    for write in effects.writes_between(site.links[0].node, place):
+    for write in effects.writes_between(site.first, place):
         if write not in site.nodes and _touches(write, site.input, view, effects):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
@@ -98,7 +106,7 @@ def _storage_refusal(
     if writes:
         return f"what replaces the chain would write in place to {describe(seen, view)}"
     for each in (site.last, *effects.storage(value)):
-        later = effects.later_write(each, after=site.links[0].node)
+        later = effects.later_write(each, after=site.first)
         if later is not None and later not in own:
             return (
                 f"{describe(later, view)} writes in place, and the rewrite would change whether "
@@ -127,17 +135,20 @@ def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
 
 
 def _other_reader(site: Site, view: GraphView) -> str | None:
-    """A value inside the chain has one reader, the next step."""
+    """A value inside the chain has one reader, the next step; what it starts from may have more."""
+    nodes = site.nodes
     for link in site.links[1:]:
-        if len(link.source.users) > 1:
-            others = [user for user in link.source.users if user is not link.node]
-            return (
-                f"the output of {describe(link.source, view)} is also read by "
-                f"{describe(others[0], view)}, which needs it as it is"
-            )
+        for source in link.sources:
+            if len(source.users) > 1 and source is not site.input:
+                others = [user for user in source.users if user is not link.node]
+                return (
+                    f"the output of {describe(source, view)} is also read by "
+                    f"{describe(others[0], view)}, which needs it as it is"
+                )
     for link in site.links:
-        if any(value in site.nodes for value in link.side_inputs):
-            return f"{describe(link.node, view)} reads the chain by more than one argument"
+        if any(value in nodes for value in link.side_inputs) or nodes.count(link.node) > 1:
+            reader = link.node if link.side_inputs else next(iter(link.node.users))
+            return f"{describe(reader, view)} reads the chain by more than one argument"
     return None
 
 
@@ -241,10 +252,13 @@ def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
         for value in written_by(link.node, view):
             if (seen := _seen_elsewhere(value, nodes, effects)) is not None:
                 return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
+        # Of what branches share, a write by one would be read by the next.
+        if link.branch and _touches(link.node, site.input, view, effects):
+            return f"{describe(link.node, view)} writes in place to what its branches share"
     reads = [side for link in site.links for side in link.side_inputs]
-    if not is_fresh(site.links[0].node, view):
+    if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
-    for write in effects.writes_between(site.links[0].node, site.last) if reads else ():
+    for write in effects.writes_between(site.first, site.last) if reads else ():
         if write not in nodes and any(_touches(write, each, view, effects) for each in reads):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
@@ -270,13 +284,17 @@ Relation = Literal["new", "same", "unknown"]
 
 def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
     """How the storage of a chain's output is related to that of a value that it reads."""
-    nodes = site.nodes
-    if value is not site.input:
-        reading = [i for i, link in enumerate(site.links) if value in link.side_inputs]
-        nodes = nodes[reading[0] :] if reading else nodes
-    if any(is_fresh(node, view) for node in nodes):
-        return "new"
-    return "same" if all(hands_on(view.module(node)) for node in nodes) else "unknown"
+    known: dict[fx.Node, Relation] = {value: "same"}
+    for node in site.nodes:
+        if known.keys().isdisjoint(node.all_input_nodes):
+            continue
+        given = {known[each] for each in lends(node, view) if each in known}
+        if given <= {"new"}:
+            known[node] = "new"
+        else:
+            is_same = given == {"same"} and hands_on(view.module(node))
+            known[node] = "same" if is_same else "unknown"
+    return known.get(site.last, "unknown")
 
 
 def _new_relation(

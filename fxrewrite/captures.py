@@ -1,0 +1,74 @@
+"""The match that a rule is given, made of what was found in the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .parametrized import without_parametrizations
+from .sites import Link, Site
+from .steps import Call, Pattern, Value
+from .view import GraphView
+
+
+def capture(site: Site, view: GraphView) -> Any:
+    """The match that a rule is given: an instance of the pattern's class."""
+    return _instance(site.pattern, site.links, site.input, view)
+
+
+def _instance(pattern: Pattern, links: tuple[Link, ...], start: fx.Node, view: GraphView) -> Any:
+    fields: dict[str, Any] = {}
+    own = links[-1].branch
+    for branch in pattern.branches:
+        path = f"{own}{branch.name}."
+        inner = tuple(each for each in links if each.branch.startswith(path))
+        if inner:
+            fields[branch.name] = _instance(branch.pattern, inner, start, view)
+    trunk = [each for each in links if each.branch == own]
+    for link in trunk:
+        value = _captured(link, view)
+        if link.step.repeats:
+            value = (*fields.get(link.step.name, ()), value)
+        fields[link.step.name] = value
+    for name, index in pattern.values:
+        if index == 0:
+            fields[name] = value_of(start)
+            continue
+        following = {step.name for step in pattern.steps[index:]}
+        reads = (link.source for link in trunk if link.step.name in following)
+        fields[name] = value_of(next(reads, trunk[-1].node))
+    return pattern.cls(**fields)
+
+
+def _captured(link: Link, view: GraphView) -> Any:
+    plain = None if link.module is None else without_parametrizations(link.module)
+    if not link.step.captures_call:
+        return plain
+    kwargs = {
+        name: fx.node.map_arg(value, lambda node: _resolved(node, view))
+        for name, value in view.arguments(link.node).items()
+        if name not in (link.takes if isinstance(link.takes, tuple) else (link.takes,))
+    }
+    function = link.node.target if plain is None else plain
+    return Call.captured(function, kwargs, link.takes, link.node)
+
+
+def _resolved(node: fx.Node, view: GraphView) -> Any:
+    if view.is_constant(node):
+        value = view.constant(node)
+        if isinstance(value, torch.Tensor | nn.Module):
+            return value
+    return value_of(node)
+
+
+def value_of(node: fx.Node) -> Value:
+    """A node's value as a rule sees it."""
+    known = node.meta.get("val")
+    if not isinstance(known, torch.Tensor):
+        return Value(node.name, node=node)
+    # A size that only data decides is a symbol, and no guard can go by it.
+    is_known = all(isinstance(size, int) for size in known.shape)
+    shape = tuple(known.shape) if is_known else None
+    return Value(node.name, shape, known.dtype, len(known.shape), node)

@@ -1,0 +1,172 @@
+"""What matching finds: a site with its links, or the miss that came closest; and their names."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import attrs
+from torch import fx, nn
+
+from .steps import Pattern, Step
+from .view import GraphView
+
+
+@attrs.frozen(eq=False)
+class Link:
+    """A node in its role as a step, and the module that it calls, if it calls one.
+
+    The chain enters it by the argument `takes`, whose value is `source`; `side_inputs` are the
+    other values of the graph that it reads. A node that joins branches takes several values,
+    `sources`, in the order of the branches. `branch` is the dotted prefix of a step in a branch.
+    """
+
+    step: Step
+    node: fx.Node
+    module: nn.Module | None
+    takes: str | tuple[str, ...]
+    sources: tuple[fx.Node, ...]
+    side_inputs: tuple[fx.Node, ...] = ()
+    branch: str = ""
+
+    @property
+    def source(self) -> fx.Node:
+        """The value by which the chain enters."""
+        return self.sources[0]
+
+    @property
+    def name(self) -> str:
+        """The step's name, with that of its branch: `left.conv`."""
+        return self.branch + self.step.name
+
+
+@attrs.frozen(eq=False)
+class Site:
+    """Where a pattern matched: its links in data order, those of branches one after the other."""
+
+    pattern: Pattern
+    links: tuple[Link, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """The value that the chain starts from."""
+        return self.links[0].source
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value is the chain's output."""
+        return self.links[-1].node
+
+    @property
+    def first(self) -> fx.Node:
+        """The node that runs before all others of the chain."""
+        return min(self.nodes) if self.pattern.branches else self.links[0].node
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The chain's nodes, in data order."""
+        return [link.node for link in self.links]
+
+    @property
+    def steps(self) -> tuple[tuple[str, str], ...]:
+        """Each step's name with what it calls, by qualified name where that is a module."""
+        return tuple((link.name, name_of(link.node)) for link in self.links)
+
+    def __str__(self) -> str:
+        """The chain in one line."""
+        return in_one_line(self.steps)
+
+
+@attrs.frozen
+class Seen:
+    """What a node was when it was looked at; it is put into words only when asked for."""
+
+    op: str
+    name: str
+    target: Any
+    kind: type[Any] | None
+
+    @classmethod
+    def of(cls, node: fx.Node, view: GraphView) -> Seen:
+        """What a node is now."""
+        module = view.module(node)
+        return cls(node.op, node.name, node.target, None if module is None else type(module))
+
+    def __str__(self) -> str:
+        """By its module's qualified name, its function or its method."""
+        if self.kind is not None:
+            return f"{self.target} ({self.kind.__name__})"
+        if self.op == "call_function":
+            return f"{self.name} ({getattr(self.target, '__name__', self.target)}())"
+        if self.op == "call_method":
+            return f"{self.name} (.{self.target}())"
+        if self.op == "placeholder":
+            return f"the model's input {self.target!r}"
+        if self.op == "get_attr":
+            return f"the model's attribute {self.target}"
+        return "the model's output"
+
+
+@attrs.frozen(eq=False)
+class Miss:
+    """An anchor whose chain stopped: the step that was wanted, and what stood there instead.
+
+    `beside` is the last node that did match, None where that is the anchor itself. `by_another`
+    are those of `found` that are the wanted step, but read the chain by another argument. Where the
+    chain stopped in a branch, `branch` is its dotted prefix. No step means that the branches did
+    not come from one value.
+    """
+
+    pattern: Pattern
+    step: int | None
+    upstream: bool
+    beside: Seen | None
+    found: tuple[Seen, ...]
+    by_another: frozenset[Seen]
+    depth: int
+    branch: str = ""
+
+    def __str__(self) -> str:
+        """The reason as a sentence."""
+        said = self._said()
+        return f"in branch {self.branch.rstrip('.')}, {said}" if self.branch else said
+
+    def _said(self) -> str:
+        who = self.beside or "it"
+        if self.step is None and len(self.found) < 2:
+            return f"{who} does not join {len(self.pattern.branches)} values of the graph"
+        if self.step is None:
+            return f"{who} joins branches of different values: {' and '.join(map(str, self.found))}"
+        wanted = self.pattern.steps[self.step]
+        if not self.found and self.upstream:
+            return f"{who} reads no value of the graph"
+        if not self.found:
+            return f"nothing reads {self.beside or 'its output'}, where a {wanted} is wanted"
+        verb = "reads" if self.upstream else "feeds"
+        found = (
+            f"{each} by another argument" if each in self.by_another else str(each)
+            for each in self.found
+        )
+        return f"{who} {verb} {' and '.join(found)}, not a {wanted}"
+
+
+def name_of(node: fx.Node) -> str:
+    """What reports call a node: the qualified name of the module it calls, or else its own."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def in_one_line(steps: tuple[tuple[str, str], ...]) -> str:
+    """A chain as reports write it; branches stand in parentheses, parted by bars."""
+    grouped = itertools.groupby(steps, key=lambda step: step[0].rpartition(".")[0])
+    parts = [(branch, " -> ".join(name for _, name in inner)) for branch, inner in grouped]
+    branches = [text for branch, text in parts if branch]
+    if not branches:
+        return parts[0][1]
+    trunk = " -> ".join(text for branch, text in parts if not branch)
+    joined = f"({' | '.join(branches)})" if len(branches) > 1 else branches[0]
+    return f"{joined} -> {trunk}"
+
+
+def describe(node: fx.Node, view: GraphView) -> str:
+    """A node as a message names it: by its module's qualified name, its function or its method."""
+    return str(Seen.of(node, view))

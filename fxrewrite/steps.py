@@ -1,0 +1,145 @@
+"""What a pattern is made of, and what a match holds: steps, branches, calls and values."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import fx, nn
+
+
+@attrs.frozen(eq=False)
+class Value:
+    """A value of the graph: what a chain reads or makes, or another argument of a step.
+
+    Shape, rank and dtype are known where the rewrite was given example inputs, or the graph has
+    recorded them; otherwise they are None. Where data decides a size, the shape is None and the
+    rank is known all the same.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    rank: int | None = None
+    node: fx.Node | None = attrs.field(default=None, repr=False)
+
+
+class Call:
+    """A function and its arguments: seen, as a captured step, or to be made, as an action.
+
+    Captured by a `call(...)` step, `function` is what the graph calls (a module, a function, or
+    a method's name) and `kwargs` holds its arguments by name, without the chain's own value,
+    which came in by the argument `takes`. A parameter of the model stands there as its tensor,
+    another value of the graph as a `Value`. Where the step joins branches, `takes` names the
+    arguments by which they came in, in the order of the branches.
+
+    Returned by a rule, the chain becomes what `function(x, *args, **kwargs)` does to the chain's
+    input `x`. The function is traced, so each torch function that it calls becomes a node, and
+    each tensor among the arguments becomes an attribute of the rewritten model. A captured call
+    that is returned is made again, reading the chain's input.
+
+    >>> from torch.nn import functional as F
+    >>> Call(F.leaky_relu, negative_slope=0.1).kwargs
+    {'negative_slope': 0.1}
+    """
+
+    __slots__ = ("args", "function", "kwargs", "node", "takes")
+
+    def __init__(self, function: Any, /, *args: Any, **kwargs: Any) -> None:
+        """Of a function with the arguments that follow the chain's value."""
+        self.function = function
+        self.args = args
+        self.kwargs: Mapping[str, Any] = kwargs
+        self.takes: str | tuple[str, ...] | None = None
+        self.node: fx.Node | None = None
+
+    @classmethod
+    def captured(
+        cls,
+        function: Any,
+        kwargs: dict[str, Any],
+        takes: str | tuple[str, ...],
+        node: fx.Node | None = None,
+    ) -> Call:
+        """What the engine puts into a match, and a test may too: `takes` is the chain's way in."""
+        call = cls(function)
+        # It stands for a call that is there, so it can't be given other arguments.
+        call.kwargs = types.MappingProxyType(kwargs)
+        call.takes, call.node = takes, node
+        return call
+
+    def __repr__(self) -> str:
+        """The call as it would be written."""
+        given = [*map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
+        return (
+            f"Call({', '.join([getattr(self.function, '__name__', repr(self.function)), *given])})"
+        )
+
+
+@attrs.frozen
+class Step:
+    """One step of a chain: the module types, functions and methods that a node may call."""
+
+    name: str
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+    optional: bool = False
+    repeats: bool = False
+    captures_call: bool = False
+    chain: str | tuple[str, ...] | None = None
+    side_inputs: bool = True
+
+    def __str__(self) -> str:
+        """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`."""
+        names = [t.__name__ for t in self.modules]
+        names += [f"{getattr(f, '__name__', f)}()" for f in self.functions]
+        names += [f".{m}()" for m in self.methods]
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+@attrs.frozen
+class Branch:
+    """A chain that ends in a join: a pattern of its own, or, where optional, nothing."""
+
+    name: str
+    pattern: Pattern
+    optional: bool = False
+
+
+@attrs.frozen
+class Pattern:
+    """A declared chain: its steps in data order, and the one that is looked for first.
+
+    `values` names fields that capture a value, each with the index of the step that follows it.
+    Where there are `branches`, the first step joins them.
+    """
+
+    cls: type[Any]
+    steps: tuple[Step, ...]
+    anchor: int
+    values: tuple[tuple[str, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the class that declares it."""
+        return self.cls.__name__
+
+    @property
+    def module_types(self) -> tuple[type[nn.Module], ...]:
+        """All module types that a step, of a branch too, may call."""
+        inner = (kind for each in self.branches for kind in each.pattern.module_types)
+        return (*inner, *(kind for step in self.steps for kind in step.modules))
+
+    def __str__(self) -> str:
+        """The chain in one line; `?` may be absent, `*` any number of times, `|` parts branches."""
+        marks = ("*" if s.repeats else "?" if s.optional else "" for s in self.steps)
+        parts = [f"{s.name}{mark}" for s, mark in zip(self.steps, marks, strict=True)]
+        if self.branches:
+            inner = [f"{b.name}: {b.pattern}{' ?' if b.optional else ''}" for b in self.branches]
+            parts.insert(0, f"({' | '.join(inner)})")
+        return " -> ".join(parts)
