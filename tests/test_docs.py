@@ -123,6 +123,19 @@ def test_tutorial(
     assert re.search(r"fused and scripted +[\d.]+ ms +[\d.]+x\n$", capsys.readouterr().out)
 
 
+PROMISE = re.compile(r"^\| (?!promise|---)(.+) \| `(.+)` \| `(.+)` \|$", re.MULTILINE)
+
+
+def test_each_promise_has_a_file_and_a_test() -> None:
+    """Whatever docs/soundness.md promises, the file that enforces it and its test are there."""
+    promises = PROMISE.findall((ROOT / "docs" / "soundness.md").read_text())
+    assert len(promises) > 40
+    for promise, enforced_in, tested_by in promises:
+        assert (ROOT / enforced_in).is_file(), promise
+        file, _, name = tested_by.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), promise
+
+
 def test_readme_commands() -> None:
     """CI tests by the very command that the README gives."""
     command = 'pip install -e ".[dev]" && pytest'
