@@ -25,6 +25,7 @@ from .randomising import random_input, randomise_batch_norms
 from .registry import get_rule_set, rule_set_names
 from .report import Report
 from .ruleset import RuleSet
+from .sweep import sweep_command
 from .timing import time_in_turns
 
 app = typer.Typer(
@@ -36,6 +37,9 @@ app = typer.Typer(
 _DEFAULT_RULES = ["conv_bn"]
 _DEFAULT_INPUTS = ["1,3,224,224"]
 _LABEL_WIDTH = 9
+
+
+app.command("sweep")(sweep_command)
 
 
 class SaveError(FxRewriteError):
