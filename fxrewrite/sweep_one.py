@@ -79,7 +79,8 @@ def _examine(
     tell("being run")
     inputs = _first_taken(model, subject)
     found["inputs"] = " ".join(map(_described, inputs))
-    randomise_batch_norms(model, inputs)
+    if found["batch_norms"]:
+        randomise_batch_norms(model, inputs)
     tell("being rewritten")
     before = time.perf_counter()
     rewritten, report = rewrite(model, rule_sets, inputs)
