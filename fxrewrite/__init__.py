@@ -6,18 +6,23 @@ it was.
 """
 
 from .actions import Action, Bypass, Replace, Revise
-from .api import fuse, plan, rewrite
+from .api import fuse, localise, plan, rewrite
+from .comparing import TensorCheck
 from .declare import call, chain, pattern, pattern_of
 from .errors import (
     ExpectationError,
     FxRewriteError,
+    InputError,
     PatternError,
     RuleError,
     TraceError,
     UnknownRuleSetError,
+    VerificationError,
 )
 from .family import Family
 from .guards import known_rank, known_shape
+from .inputs import random_inputs
+from .localising import Guilty, Localisation
 from .modules import (
     _parent_name,
     delete_submodule,
@@ -31,6 +36,7 @@ from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .ruleset import Guard, Rule, RuleSet, rule
 from .steps import Call, Pattern, Step, Value
+from .verifying import Verification, verify
 
 __all__ = [
     "Action",
@@ -41,6 +47,9 @@ __all__ = [
     "Finding",
     "FxRewriteError",
     "Guard",
+    "Guilty",
+    "InputError",
+    "Localisation",
     "Pattern",
     "PatternError",
     "Replace",
@@ -50,9 +59,12 @@ __all__ = [
     "RuleError",
     "RuleSet",
     "Step",
+    "TensorCheck",
     "TraceError",
     "UnknownRuleSetError",
     "Value",
+    "Verification",
+    "VerificationError",
     "_parent_name",
     "call",
     "chain",
@@ -64,13 +76,16 @@ __all__ = [
     "get_submodule",
     "known_rank",
     "known_shape",
+    "localise",
     "pattern",
     "pattern_of",
     "plan",
+    "random_inputs",
     "register",
     "replace_node_module",
     "rewrite",
     "rule",
     "rule_set_names",
     "set_submodule",
+    "verify",
 ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import attrs
 import torch
 from torch import fx, nn
 
 from .copying import copied
 from .destination import IntoGraph, IntoModules
 from .engine import Engine
+from .errors import InputError
+from .localising import Localisation, Rewrite, check_rewrite, localised
 from .reach import out_of_reach
 from .registry import Rules, resolve
 from .renaming import renamed
+from .replaying import Script
 from .report import Report
 from .result import graph_module
-from .ruleset import apart
+from .ruleset import RuleSet, apart
 from .shapes import record_shapes
 from .tracing import LeafModules, checked_leaves, trace
+from .verifying import Progress
 from .view import GraphView
 
 Into = Literal["graph", "modules"]
@@ -31,6 +36,8 @@ def rewrite(
     *,
     into: Into | None = None,
     expect: Mapping[str, int] | None = None,
+    verify: Any = None,
+    progress: Progress | None = None,
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
     leaf_modules: LeafModules = (),
 ) -> tuple[Any, Report]:
@@ -51,6 +58,10 @@ def rewrite(
         into: "graph" gives a GraphModule. "modules" gives a copy of the model, same class,
             attributes and forward code, in which new modules stand where old ones stood.
         expect: how often rules or rule sets, by name, must apply.
+        verify: inputs, in one of the forms that `verify` takes, or True for the example inputs. The
+            result is verified against the model, and where they differ, the sites that are to
+            blame are searched for.
+        progress: told how far verifying is, as in `verify`.
         tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
         leaf_modules: modules that tracing must keep whole, by type or qualified name. The types
             that the rules name are kept whole anyway.
@@ -61,40 +72,20 @@ def rewrite(
             feed each other forever. The model is as it was.
         UnknownRuleSetError: no rule set has the given name.
         ExpectationError: `expect` does not hold.
+        InputError: the model does not take the inputs that it should be verified on.
+        VerificationError: the result differs from the model; the error names rules and sites.
     """
     if into not in (None, "graph", "modules"):
         raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
-    rule_sets = apart(resolve(rules))
-    unique = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
-    named = [kind for rule in unique for kind in rule.pattern.module_types]
-    graph, constants = trace(model, (*named, *checked_leaves(leaf_modules)), tracer)
-    # Weights made under inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
-        view = GraphView(model, graph, constants)
-        if example_inputs is not None:
-            record_shapes(graph_module(view), _as_tuple(example_inputs))
-        nodes = frozenset(node.name for node in graph.nodes)
-        not_called = out_of_reach(view, unique)
-        tree = IntoModules(view) if into == "modules" else None
-        engine = Engine(view, unique, tree or IntoGraph())
-        findings = (*engine.run(), *not_called)
-        bystanders = engine.bystanders()
-        made = copied(model, tree.replaced()) if tree else graph_module(view)
-    names: dict[str, dict[str, None]] = {}
-    for each in rule_sets:
-        names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
-    of_sets = {name: tuple(rules) for name, rules in names.items()}
-    became = {name: found.became for found in findings if found.became for _, name in found.steps}
-    report = Report(
-        findings,
-        of_sets,
-        view.aliases,
-        nodes,
-        bystanders,
-        into or "graph",
-        renamed(model, made, became),
-    )
+    if verify is True and example_inputs is None:
+        raise InputError("verify=True takes the example inputs, and there are none; give them")
+    rewriter = _Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
+    script = Script()
+    made, report = rewriter(model, example_inputs, script)
     report.check(expect or {})
+    if verify is not None and verify is not False:
+        inputs = example_inputs if verify is True else verify
+        check_rewrite(Rewrite(model, made, script, example_inputs, rewriter), inputs, progress)
     return made, report
 
 
@@ -120,6 +111,47 @@ def plan(
     )[1]
 
 
+def localise(
+    model: nn.Module,
+    rules: Rules,
+    inputs: Any,
+    example_inputs: Any = None,
+    *,
+    most: int = 3,
+    progress: Progress | None = None,
+    into: Into | None = None,
+    tracer: fx.Tracer | type[fx.Tracer] | None = None,
+    leaf_modules: LeafModules = (),
+) -> Localisation:
+    """Rewrite a model, verify the result, and name the rules and sites that make a difference.
+
+    >>> import fxrewrite as fxr
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    >>> fxr.localise(model, "conv_bn", torch.ones(1, 3, 4, 4)).guilty
+    ()
+
+    Args:
+        model: the model, which is never changed.
+        rules: as in `rewrite`.
+        inputs: what to compare on, in one of the forms that `verify` takes.
+        example_inputs: as in `rewrite`.
+        most: how many guilty sites to name at most.
+        progress: told how far the search is, as in `verify`.
+        into: as in `rewrite`.
+        tracer: as in `rewrite`.
+        leaf_modules: as in `rewrite`.
+
+    Raises:
+        InputError: the model raises on these inputs.
+        FxRewriteError: what `rewrite` raises.
+    """
+    rewriter = _Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
+    script = Script()
+    made, _ = rewriter(model, example_inputs, script)
+    rewrite = Rewrite(model, made, script, example_inputs, rewriter)
+    return localised(rewrite, inputs, most=most, progress=progress)
+
+
 def fuse(model: nn.Module, into: Into | None = None) -> Any:
     """Fold each batch norm into the convolution before it: `rewrite` with the set `conv_bn`.
 
@@ -131,6 +163,50 @@ def fuse(model: nn.Module, into: Into | None = None) -> Any:
     )
     """
     return rewrite(model, "conv_bn", into=into)[0]
+
+
+@attrs.frozen
+class _Rewriter:
+    """By which rules to rewrite, into what, and how to trace."""
+
+    rule_sets: Sequence[RuleSet]
+    into: Into | None
+    tracer: fx.Tracer | type[fx.Tracer] | None
+    leaf_modules: LeafModules
+
+    def __call__(self, model: nn.Module, example_inputs: Any, script: Script) -> tuple[Any, Report]:
+        """The rewritten model and the report; what is asked and done is in the script."""
+        unique = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
+        named = [kind for rule in unique for kind in rule.pattern.module_types]
+        graph, constants = trace(model, (*named, *checked_leaves(self.leaf_modules)), self.tracer)
+        # Weights made under inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            view = GraphView(model, graph, constants)
+            if example_inputs is not None:
+                record_shapes(graph_module(view), _as_tuple(example_inputs))
+            nodes = frozenset(node.name for node in graph.nodes)
+            not_called = out_of_reach(view, unique)
+            tree = IntoModules(view) if self.into == "modules" else None
+            engine = Engine(view, unique, tree or IntoGraph(), script)
+            findings = (*engine.run(), *not_called)
+            bystanders = engine.bystanders()
+            made = copied(model, tree.replaced()) if tree else graph_module(view)
+        names: dict[str, dict[str, None]] = {}
+        for each in self.rule_sets:
+            names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
+        of_sets = {name: tuple(rules) for name, rules in names.items()}
+        became = {
+            name: found.became for found in findings if found.became for _, name in found.steps
+        }
+        return made, Report(
+            findings,
+            of_sets,
+            view.aliases,
+            nodes,
+            bystanders,
+            self.into or "graph",
+            renamed(model, made, became),
+        )
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:

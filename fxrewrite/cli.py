@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from .errors import FxRewriteError, TraceError
-from .measuring import InputError
+from .errors import FxRewriteError, InputError, TraceError
 
 DONE, NOTHING_MATCHED, OUTPUTS_DIFFER, NOT_TRACEABLE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _EXTRA = ("typer", "rich", "safetensors")

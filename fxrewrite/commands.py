@@ -20,13 +20,14 @@ from .api import rewrite
 from .cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from .errors import FxRewriteError, TraceError, UnknownRuleSetError
 from .loading import build_model, load_weights
-from .measuring import SEED, Inputs, run_original, short, verify
 from .randomising import random_input, randomise_batch_norms
 from .registry import get_rule_set, rule_set_names
 from .report import Report
 from .ruleset import RuleSet
+from .running import SEED, run_original, short
 from .sweep import sweep_command
 from .timing import time_in_turns
+from .verifying import verify
 
 app = typer.Typer(
     help="Rewrite a model's torch.fx graph by rules, verify the result and time it.",
@@ -131,7 +132,7 @@ def _rewrite_and_measure(
     record: dict[str, Any],
     original: nn.Module,
     rule_sets: Sequence[RuleSet],
-    inputs: Inputs,
+    inputs: Any,
     out: Path | None,
     strict: bool,
 ) -> int:
@@ -159,7 +160,7 @@ def _rewrite_and_measure(
 
 
 def _rewritten(
-    original: nn.Module, rule_sets: Sequence[RuleSet], inputs: Inputs
+    original: nn.Module, rule_sets: Sequence[RuleSet], inputs: Any
 ) -> tuple[nn.Module, Report]:
     try:
         return rewrite(original, rule_sets, inputs)

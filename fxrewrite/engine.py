@@ -10,12 +10,12 @@ from torch import fx, nn
 
 from . import edits
 from .actions import Action, Replace
-from .captures import capture
-from .deciding import decide, failure, same_action
+from .deciding import failure, same_action
 from .destination import Destination
 from .effects import Effects
 from .matching import Matcher, accepts, calls, reads_one_value
 from .parametrized import is_parametrized
+from .replaying import Script
 from .report import Bystander, Finding
 from .ruleset import Rule
 from .sites import Link, Miss, Site, name_of
@@ -47,9 +47,10 @@ class Engine:
     """Applies rules to a graph view; `run` does it and returns what became of each anchor."""
 
     def __init__(
-        self, view: GraphView, rules: Sequence[Rule[Any]], destination: Destination
+        self, view: GraphView, rules: Sequence[Rule[Any]], destination: Destination, script: Script
     ) -> None:
         self._view = view
+        self._script = script
         self._destination = destination
         self._rules = rules
         self._effects = Effects(view)
@@ -123,6 +124,7 @@ class Engine:
                     anchor, "applied", rule.name, steps, nodes, outcome.became, outcome.notes
                 )
                 self._applied.append((order, finding))
+                self._script.applied.append((rule, finding))
                 return outcome.made
             declined.append(Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome))
         if node not in self._made:
@@ -130,7 +132,7 @@ class Engine:
         return None
 
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
-        if node.op not in _CALLS:
+        if node.op not in _CALLS or self._script.is_over:
             return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
@@ -160,7 +162,7 @@ class Engine:
         decided = (
             shared.action
             if shared is not None and only_modules
-            else decide(rule, site, capture(site, self._view))
+            else self._script.decide(rule, site, self._view)
         )
         if isinstance(decided, str):
             return decided

@@ -1,5 +1,12 @@
 """The errors this package raises; each message says what, where, and what to do."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .localising import Localisation
+
 
 class FxRewriteError(Exception):
     """Base of every error that fxrewrite raises on purpose."""
@@ -23,3 +30,18 @@ class RuleError(FxRewriteError):
 
 class ExpectationError(FxRewriteError, AssertionError):
     """A rewrite applied its rules another number of times than `expect` says."""
+
+
+class InputError(FxRewriteError):
+    """The original model can't be run on the given inputs."""
+
+
+class VerificationError(FxRewriteError, AssertionError):
+    """A rewritten model does not give what its original gives.
+
+    `localisation` has the comparison, and the sites that are to blame.
+    """
+
+    def __init__(self, message: str, localisation: Localisation | None = None) -> None:
+        super().__init__(message)
+        self.localisation = localisation

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from .errors import FxRewriteError
-from .measuring import SEED
 from .modules import fresh_name
+from .running import SEED
 
 
 class LoadError(FxRewriteError):

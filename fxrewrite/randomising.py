@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .loading import LoadError
-from .measuring import SEED, Inputs, run
+from .running import SEED, called, cloned
 
 
 def random_input(text: str, model: nn.Module) -> torch.Tensor:
@@ -48,7 +49,7 @@ def random_input(text: str, model: nn.Module) -> torch.Tensor:
     return made.to(like.device)
 
 
-def randomise_batch_norms(model: nn.Module, inputs: Inputs) -> int:
+def randomise_batch_norms(model: nn.Module, inputs: Any) -> int:
     """Give each batch norm that was never trained random statistics and affine weights, in place.
 
     A fresh batch norm does nothing, so a wrong fold of it would show nowhere. The statistics are
@@ -61,7 +62,7 @@ def randomise_batch_norms(model: nn.Module, inputs: Inputs) -> int:
 
     Args:
         model: the model in eval mode.
-        inputs: its positional arguments.
+        inputs: what it is called with, in one of the forms that `verify` takes.
 
     Returns:
         How many batch norms there were whose statistics were the initial ones.
@@ -82,7 +83,7 @@ def randomise_batch_norms(model: nn.Module, inputs: Inputs) -> int:
             hooks.callback(bn.register_forward_pre_hook(randomise).remove)
         # An input that the model does not take is reported when the model is verified.
         hooks.enter_context(contextlib.suppress(Exception))
-        run(model, inputs)
+        called(model, cloned(inputs))
     for bn in norms:
         randomise(bn, (torch.ones(()),))  # those that this run did not come to
     return count

@@ -14,8 +14,8 @@ from torch import nn
 
 from .errors import FxRewriteError
 from .loading import LoadError, build_model
-from .measuring import SEED
 from .randomising import random_input
+from .running import SEED
 
 # Images of these sides are tried in turn, and the first that a model takes is used.
 _SIDES = (64, 96, 128, 224, 256, 299, 384)

@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import rewrite
-from .errors import TraceError
-from .measuring import InputError, Verification, run, short, verify
+from .errors import InputError, TraceError
 from .randomising import randomise_batch_norms
 from .registry import get_rule_set
 from .ruleset import RuleSet
+from .running import run, short
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted
+from .verifying import Verification, verify
 
 _LONGEST = 400
 

@@ -10,7 +10,8 @@ import attrs
 import torch
 from torch import nn
 
-from .measuring import Inputs, run
+from .nested import flatten
+from .running import arguments_of, cloned, run
 
 
 @attrs.frozen
@@ -63,14 +64,15 @@ class Timing:
 
 
 def time_in_turns(
-    original: nn.Module, rewritten: nn.Module, inputs: Inputs, *, seconds: float = 3.0
+    original: nn.Module, rewritten: nn.Module, inputs: Any, *, seconds: float = 3.0
 ) -> Timing:
     """Time both models in turns, so that a machine's changing load falls on both alike.
 
     Args:
         original: the model to compare with.
         rewritten: the model that should be faster.
-        inputs: the positional arguments of both; left as they are.
+        inputs: what both are called with, in one of the forms that `verify` takes; left as they
+            are.
         seconds: about how long to measure; five rounds are made in any case, 300 at most.
     """
     times: tuple[list[float], list[float]] = ([], [])
@@ -85,17 +87,19 @@ def time_in_turns(
     return Timing(*map(tuple, times))
 
 
-def _seconds(model: nn.Module, inputs: Inputs) -> float:
+def _seconds(model: nn.Module, inputs: Any) -> float:
     # A model may write to its input, and copying that is not its work.
-    own = [each.clone() for each in inputs]
+    own = cloned(inputs)
+    args, kwargs = arguments_of(own)
     with torch.no_grad():
         _wait_for(own)
         start = time.perf_counter()
-        model(*own)
+        model(*args, **kwargs)
         _wait_for(own)
         return time.perf_counter() - start
 
 
-def _wait_for(tensors: list[torch.Tensor]) -> None:
+def _wait_for(inputs: Any) -> None:
+    tensors = (each for _, each in flatten(inputs, "") if isinstance(each, torch.Tensor))
     if any(each.device.type != "cpu" for each in tensors):
         torch.accelerator.synchronize()

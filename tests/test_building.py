@@ -1,0 +1,97 @@
+"""What the command line builds, draws at random and times, before and after it rewrites."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from fxrewrite.loading import LoadError, build_model
+from fxrewrite.randomising import random_input, randomise_batch_norms
+from fxrewrite.running import run
+from fxrewrite.timing import time_in_turns
+
+
+def test_a_model_instance_is_taken_as_it_is(tmp_path: Path) -> None:
+    """What the spec names may be a model already; it is put into eval mode."""
+    (tmp_path / "made.py").write_text("from torch import nn\ninstance = nn.Linear(2, 1)")
+    model = build_model(f"{tmp_path}/made.py:instance")
+    assert isinstance(model, nn.Linear)
+    assert not model.training
+
+
+def test_a_file_may_be_named_like_a_module(tmp_path: Path) -> None:
+    """A file called `torch.py` is run, and does not take torch's place."""
+    (tmp_path / "torch.py").write_text("from torch.nn import Identity")
+    assert isinstance(build_model(f"{tmp_path}/torch.py:Identity"), nn.Identity)
+    assert sys.modules["torch"] is torch
+
+
+def test_random_inputs_fit_the_model() -> None:
+    """An input has the described shape and dtype, else the model's dtype; integers are small."""
+    model = nn.Linear(2, 2).bfloat16()
+    assert random_input("4,3", model).dtype == torch.bfloat16
+    assert random_input("4,3:complex64", model).dtype == torch.complex64
+    words = random_input("50:int32", model)
+    assert (words.dtype, words.shape) == (torch.int32, (50,))
+    assert (int(words.min()), int(words.max())) == (0, 9)
+    with pytest.raises(LoadError):
+        random_input("4,0", model)
+
+
+def test_random_statistics_do_not_drown_the_input() -> None:
+    """Through 40 randomised layers the output still depends on the input, so errors show too."""
+
+    def block() -> list[nn.Module]:
+        depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        pointwise = nn.Conv2d(32, 32, 1, bias=False)
+        return [depthwise, nn.BatchNorm2d(32), nn.ReLU6(), pointwise, nn.BatchNorm2d(32)]
+
+    model = nn.Sequential(*[layer for _ in range(20) for layer in block()]).eval()
+    one, other = torch.randn(2, 1, 32, 8, 8)
+    assert randomise_batch_norms(model, (one,)) == 40
+    a, b = (run(model, each).output for each in (one, other))
+    assert torch.isfinite(a).all()
+    assert (a - b).abs().max() > 1e-2 * a.abs().max()
+
+
+def test_randomising_draws_all_that_a_fold_reads() -> None:
+    """Means, variances, weights of both signs and biases differ from channel to channel."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64)).eval()
+    randomise_batch_norms(model, (torch.randn(2, 3, 8, 8),))
+    bn = model[1]
+    for drawn in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+        assert drawn.unique().numel() > 60
+    assert (bn.running_var > 0).all()
+    assert (bn.weight < 0).any()
+    assert (bn.weight > 0).any()
+
+
+def test_trained_batch_norms_are_not_randomised() -> None:
+    """Statistics that are not the initial ones are the model's own, and stay."""
+    model = nets.randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    before = copy.deepcopy(model.state_dict())
+    assert randomise_batch_norms(model, (torch.randn(2, 3, 8, 8),)) == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_batch_norms_that_the_run_misses_are_randomised_too() -> None:
+    """A batch norm that is not called, or not reached as the input is wrong, is randomised."""
+    model = nn.ModuleDict({"unused": nn.BatchNorm2d(4)})
+    assert randomise_batch_norms(model, (torch.ones(1),)) == 1
+    assert model["unused"].running_mean.any()
+
+
+def test_both_models_are_timed_in_turns() -> None:
+    """After the warm-up each round times both, and who is first changes from round to round."""
+    calls: list[str] = []
+    models = [nets.Forward(lambda _, x, name=name: calls.append(name)) for name in "ab"]
+    timing = time_in_turns(models[0], models[1], torch.ones(1), seconds=0)
+    assert len(timing.original) == len(timing.rewritten) == 5
+    assert "".join(calls[-10:]) == "abbaabbaab"

@@ -1,0 +1,222 @@
+"""The verdict on a rewritten model can be trusted: no error is missed, no rounding is blamed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import nets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxrewrite as fxr
+from fxrewrite import InputError, verify
+from fxrewrite.running import run
+from fxrewrite.timing import time_in_turns
+
+
+class _Gives(nn.Module):
+    """A model that gives what a function makes of its input."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.function(*inputs)
+
+
+@dataclasses.dataclass
+class _Boxes:
+    boxes: Any
+    count: int
+
+
+_X = torch.tensor([[1.1, -2.3], [3.7, 0.6]])
+_NAN, _INF = float("nan"), float("inf")
+
+
+def _verdict(original: Callable[..., Any], rewritten: Callable[..., Any]) -> Any:
+    return verify(_Gives(original), _Gives(rewritten), (_X,))
+
+
+@pytest.mark.parametrize(
+    ("original", "rewritten", "reason"),
+    [
+        (lambda x: x, lambda x: x[:1], "was float32 [2, 2] and became float32 [1, 2]"),
+        (lambda x: x, lambda x: x.half(), "was float32 [2, 2] and became float16 [2, 2]"),
+        (lambda x: (x, x), lambda x: [x, x], "output was a tuple with [0], [1] and became a list"),
+        (lambda x: {"a": x}, lambda x: {"b": x}, "output was a dict with ['a'] and became a dict"),
+        (lambda x: (x, 3), lambda x: (x, 4), "output[1] was 3 and became 4"),
+        (lambda x: (x, 1), lambda x: (x, True), "output[1] was 1 and became True"),
+        (lambda x: (x, object()), lambda x: (x, object()), "is of type object, which can't"),
+        (lambda x: (x, x.to_sparse()), lambda x: (x, x * 1.1), "became float32 [2, 2]"),
+        (lambda x: (x, x > 0), lambda x: (x, x > 2), "output[1] differs in 2 of 4 elements"),
+        (lambda x: _Boxes(x, 1), lambda x: _Boxes(x, 2), "output.count was 1 and became 2"),
+        (lambda x: x.where(x > 0, _NAN), lambda x: x.where(x > 2, _NAN), "in other places"),
+        (lambda x: x.where(x > 0, _INF), lambda x: x.where(x > 0, -_INF), "in other places"),
+        (lambda x: x.where(x > 0, _INF), lambda x: x.where(x > 0, _NAN), "in other places"),
+        (lambda x: x * _NAN, lambda x: x * _NAN, "no tensor with finite numbers"),
+        (lambda x: 3, lambda x: 3, "no tensor with finite numbers"),
+        (lambda x: x, lambda x: x @ x[0, 0], "the rewritten model raised RuntimeError"),
+    ],
+)
+def test_what_no_rounding_explains(
+    original: Callable[..., Any], rewritten: Callable[..., Any], reason: str
+) -> None:
+    """Another structure, shape, dtype, integer, or place of a NaN is a mismatch, and is named."""
+    verdict = _verdict(original, rewritten)
+    assert not verdict.same
+    assert reason in str(verdict)
+
+
+_NESTED = st.recursive(
+    st.just("leaf"),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3)
+        | st.lists(inner, min_size=1, max_size=3).map(tuple)
+        | st.dictionaries(st.text("ab", min_size=1), inner, min_size=1, max_size=3)
+        | inner.map(lambda value: _Boxes(value, 1))
+    ),
+    max_leaves=6,
+)
+
+
+def _filled(shape: Any, scales: list[float], x: torch.Tensor) -> Any:
+    if isinstance(shape, str):
+        return x * scales.pop(0)
+    if isinstance(shape, dict):
+        return {name: _filled(inner, scales, x) for name, inner in shape.items()}
+    if isinstance(shape, _Boxes):
+        return _Boxes(_filled(shape.boxes, scales, x), shape.count)
+    return type(shape)(_filled(inner, scales, x) for inner in shape)
+
+
+@given(shape=_NESTED, data=st.data())
+def test_an_error_in_any_tensor_of_a_nested_output_is_found(shape: Any, data: Any) -> None:
+    """However outputs are nested, equal ones pass, and one tensor that is off by 1e-4 does not."""
+    count = repr(shape).count("'leaf'")
+    wrong = data.draw(st.integers(0, count - 1))
+    scales = [1.0 + 1e-4 * (i == wrong) for i in range(count)]
+
+    def original(x: torch.Tensor) -> Any:
+        return _filled(shape, [1.0] * count, x)
+
+    assert _verdict(original, original).same
+    verdict = _verdict(original, lambda x: _filled(shape, list(scales), x))
+    assert [check.same for check in verdict.tensors] == [i != wrong for i in range(count)]
+    assert not verdict.same
+
+
+class _Box:
+    """A container that pytree knows, without names for what it holds."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+pytree.register_pytree_node(_Box, lambda box: ([box.content], None), lambda x, _: _Box(x[0]))
+
+
+def test_a_container_without_names_is_compared_by_position() -> None:
+    """A registered container that can't name what it holds is compared all the same."""
+    verdict = _verdict(lambda x: (x, _Box(x)), lambda x: (x, _Box(x * 1.01)))
+    assert [(check.name, check.same) for check in verdict.tensors] == [
+        ("output[0]", True),
+        ("output[1][0]", False),
+    ]
+
+
+def test_noise_is_told_from_error() -> None:
+    """A difference passes where the original's own rounding is as large, and only there."""
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + 1e4 - 1e4
+
+    def rounds_otherwise(x: torch.Tensor) -> torch.Tensor:
+        return x + 3e4 - 3e4
+
+    verdict = _verdict(noisy, rounds_otherwise)
+    assert verdict.same
+    assert verdict.worst.difference > 1e-4
+    assert verdict.worst.original_error > 1e-5
+    assert not _verdict(lambda x: x.clone(), rounds_otherwise).same
+    assert not _verdict(noisy, lambda x: x * 1.01).same
+
+
+def test_a_float64_model_is_compared_directly() -> None:
+    """In float64 there is nothing more exact to compare with, and 1e-9 is too much."""
+    x = _X.double()
+    assert verify(_Gives(lambda x: x), _Gives(lambda x: x + 1e-15), (x,)).same
+    verdict = verify(_Gives(lambda x: x), _Gives(lambda x: x + 1e-9 * x), (x,))
+    assert not verdict.same
+    assert "float64 itself" in str(verdict)
+
+
+def test_a_model_that_cannot_run_in_float64_is_compared_directly() -> None:
+    """A model with a float32 of its own is verified without a reference, and that is said."""
+    constant = torch.eye(2)
+    same, wrong = (
+        _verdict(lambda x: x @ constant, lambda x, by=by: x @ constant * by) for by in (1, 1.001)
+    )
+    assert (same.same, wrong.same) == (True, False)
+    assert same.worst.original_error is None
+    assert "no float64 run, as the model raised RuntimeError in it" in str(same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_right_fold_passes_and_a_wrong_one_fails_in_each_dtype(dtype: torch.dtype) -> None:
+    """In each dtype the folded model is the same, and one whose bias is half too large is not."""
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    original = nets.randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).to(dtype)
+    fused = fxr.fuse(original)
+    assert verify(original, fused, (x,)).same
+    with torch.no_grad():
+        fused.get_parameter("0.bias").mul_(1.5)
+    assert not verify(original, fused, (x,)).same
+
+
+def test_random_numbers_in_a_forward_are_the_same_in_each_run() -> None:
+    """A model that draws random numbers gets the same draws, and the caller's go on as before."""
+    draws = _Gives(lambda x: x + torch.rand(2))
+    before = torch.get_rng_state()
+    assert verify(draws, copy.deepcopy(draws), (_X,)).same
+    first = run(draws, _X).output
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(run(draws, _X).output, first)
+
+
+def test_overflow_that_both_share_is_no_difference() -> None:
+    """Where both overflow in half precision, and float64 does not, the rest is compared."""
+    x = _X.half()
+    overflows = _Gives(lambda x: x * 3e4)
+    assert torch.isinf(run(overflows, (x,)).output).any()
+    assert verify(overflows, copy.deepcopy(overflows), (x,)).same
+    assert not verify(overflows, _Gives(lambda x: x * 2.9e4 * (1 + 9 * (x > 3))), (x,)).same
+
+
+def test_verifying_and_timing_leave_inputs_and_model_alone() -> None:
+    """A model that writes to its input neither changes ours nor sees its own changes again."""
+    x = _X.clone()
+    doubles = _Gives(lambda x: x.mul_(2))
+    linear = nn.Linear(2, 2)
+    before = linear.weight.clone()
+    assert verify(doubles, copy.deepcopy(doubles), (x,)).same
+    assert verify(linear, copy.deepcopy(linear), (x,)).same
+    time_in_turns(doubles, doubles, (x,), seconds=0)
+    assert torch.equal(x, _X)
+    assert linear.weight.dtype == torch.float32
+    assert torch.equal(linear.weight, before)
+
+
+def test_an_input_that_the_original_refuses_is_an_error() -> None:
+    """Where the original itself raises there is nothing to verify."""
+    with pytest.raises(InputError, match=r"\[1, 3\] float32: RuntimeError"):
+        verify(nn.Linear(2, 2), nn.Linear(2, 2), (torch.ones(1, 3),))
