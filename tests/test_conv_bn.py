@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from torch import nn
 
 import fxrewrite as fxr
+from fxrewrite.testing import check_rule
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -43,6 +44,11 @@ def bound(model: nn.Sequential, x: torch.Tensor, dtype: torch.dtype) -> torch.Te
     kind = torch.finfo(dtype)
     underflow = kind.smallest_normal * kind.eps * (1 + x.abs().max().double())
     return (terms + 3) * (kind.eps / 2 * magnitude + underflow / 2)
+
+
+def test_conv_bn_is_sound() -> None:
+    """On models drawn around its pattern: same outputs, nothing changed, all accounted for."""
+    check_rule("conv_bn")
 
 
 @given(strategies.pairs(between=True))

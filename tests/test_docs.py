@@ -35,7 +35,7 @@ def doctests() -> list[doctest.DocTest]:
     packages = (fxrewrite, patterns)
     names = {package.__name__ for package in packages}
     for package in packages:
-        inside = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        inside = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         names.update(module.name for module in inside)
     finder = doctest.DocTestFinder(exclude_empty=True)
     modules = [importlib.import_module(name) for name in sorted(names)]

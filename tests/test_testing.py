@@ -1,0 +1,156 @@
+"""The toolkit for rule authors: it passes rules that are right, and catches those that are not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from torch import nn
+
+import fxrewrite as fxr
+from fxrewrite.testing import Case, UnsoundError, check_rule, written
+
+LinearNorm = fxr.chain(linear=nn.Linear, norm=nn.BatchNorm1d)
+counter = itertools.count(2)
+
+
+def two_dimensional(m: Any) -> str | None:
+    return None if m.linear.out_features == m.norm.num_features else "it normalises no features"
+
+
+def keeps_statistics(m: Any) -> str | None:
+    return None if m.norm.running_var is not None else "it keeps no statistics"
+
+
+def folded(m: Any, eps: float, weight: bool = True, bias: bool = True, axis: int = 0) -> Any:
+    norm, linear = m.norm, m.linear
+    scale = (norm.running_var + eps).rsqrt()
+    if weight and norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    if bias and linear.bias is not None:
+        shift = shift + linear.bias * scale
+    sizes = (-1, 1) if axis == 0 else (1, -1)
+    if axis == 1 and linear.in_features != linear.out_features:
+        sizes = (-1, 1)
+    return fxr.evolve(linear, weight=linear.weight * scale.view(*sizes), bias=shift)
+
+
+def replace(m: Any, **options: Any) -> fxr.Replace:
+    return fxr.Replace(folded(m, m.norm.eps, **options), slot="linear")
+
+
+def mutating(m: Any) -> fxr.Replace:
+    made = folded(m, m.norm.eps)
+    m.norm.running_mean.data.add_(1)
+    return fxr.Replace(made, slot="linear")
+
+
+def counting(m: Any) -> fxr.Replace:
+    made = folded(m, m.norm.eps)
+    made.bias.data.add_(1e-12 * next(counter))
+    return fxr.Replace(made, slot="linear")
+
+
+def raising(m: Any) -> fxr.Replace:
+    assert m.linear.bias is not None
+    return replace(m)
+
+
+def returning_a_module(m: Any) -> Any:
+    return folded(m, m.norm.eps)
+
+
+SAME, DOES = "the outputs stay the same", "a rule does what rules may do"
+WRONG: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "wrong axis": (lambda m: replace(m, axis=1), SAME, "is off by"),
+    "forgets eps": (lambda m: fxr.Replace(folded(m, 0.0), slot="linear"), SAME, "is off by"),
+    "ignores the bias": (lambda m: replace(m, bias=False), SAME, "is off by"),
+    "ignores the weight": (lambda m: replace(m, weight=False), SAME, "is off by"),
+    "drops the norm": (lambda m: fxr.Replace(m.linear), SAME, "is off by"),
+    "mutates": (mutating, DOES, "it changed the tensor BatchNorm1d.running_mean"),
+    "raises": (raising, DOES, "it raised AssertionError"),
+    "returns no action": (returning_a_module, DOES, "not a Replace, Call or Bypass"),
+    "depends on global state": (
+        counting,
+        "the same rewrite gives the same result",
+        "depends on more than its match",
+    ),
+}
+
+
+@pytest.fixture
+def _first_found() -> Iterator[None]:
+    """The first model that shows the fault will do, however large."""
+    name = settings.get_current_profile_name()
+    settings.register_profile("first", settings(), phases=[Phase.generate])
+    settings.load_profile("first")
+    yield
+    settings.load_profile(name)
+
+
+@pytest.mark.usefixtures("_first_found")
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rule_is_caught(name: str) -> None:
+    """The failure names the property, the rule, the site and the model."""
+    build, broken, found = WRONG[name]
+    wrong = fxr.rule(
+        pattern=LinearNorm, name="fold_wrongly", where=[two_dimensional, keeps_statistics]
+    )(build)
+    with pytest.raises(UnsoundError) as caught:
+        check_rule(wrong)
+    said = str(caught.value)
+    assert said.startswith(f"{broken}: ")
+    assert found in said
+    assert "fold_wrongly (" in said
+    assert "def forward(self, x0):" in said
+    assert "(norm): BatchNorm1d(" in said
+
+
+def test_a_failure_is_small_and_can_be_run_again() -> None:
+    """What is reported is the smallest model found, and how to check it alone."""
+    wrong = fxr.rule(pattern=fxr.chain(act=nn.Tanh), name="wrong")(lambda m: fxr.Bypass())
+    with pytest.raises(UnsoundError) as caught:
+        check_rule(wrong)
+    assert len(list(caught.value.case.model.modules())) == 2
+    (said,) = caught.value.__notes__
+    again = eval(said.partition("reproduce=")[2].removesuffix(")"))
+    with pytest.raises(UnsoundError) as repeated:
+        check_rule(wrong, reproduce=again)
+    assert str(repeated.value) == str(caught.value)
+
+
+def test_a_rule_that_never_applies_proves_nothing() -> None:
+    """A rule that is refused everywhere fails the check, with the most common reasons."""
+    never = fxr.rule(pattern=fxr.chain(act=nn.ReLU), name="never", where=[lambda m: "not today"])
+    with pytest.raises(
+        AssertionError, match=r"never applied in no model.*\n  \d+ times: not today"
+    ):
+        check_rule(never(lambda m: fxr.Bypass()), max_examples=5)
+
+
+@pytest.mark.usefixtures("_first_found")
+def test_a_rule_that_undoes_another_does_not_come_to_an_end() -> None:
+    """Rules that feed each other are caught as what they are."""
+    there = fxr.rule(pattern=fxr.chain(act=nn.ReLU), name="there")
+    back = fxr.rule(pattern=fxr.chain(act=nn.GELU), name="back")
+    rules = [there(lambda m: fxr.Replace(nn.GELU())), back(lambda m: fxr.Replace(nn.ReLU()))]
+    with pytest.raises(UnsoundError, match="never comes to an end"):
+        check_rule(rules, max_examples=5)
+
+
+def test_models_of_ones_own() -> None:
+    """Given a model and inputs, that model alone is checked."""
+    idle = fxr.rule(pattern=fxr.chain(idle=nn.Identity), name="idle")(lambda m: fxr.Bypass())
+    check_rule(idle, nn.Sequential(nn.Identity(), nn.Linear(3, 2)).eval(), torch.ones(2, 3))
+    case = Case(written({"same": nn.Identity()}, ["return self.same(x) + y"], "x, y"), (1.0, 2.0))
+    check_rule(idle, [case])
+    wrong = fxr.rule(pattern=fxr.chain(act=nn.Tanh), name="wrong")(lambda m: fxr.Bypass())
+    with pytest.raises(UnsoundError, match="output 0 is off by"):
+        check_rule(wrong, nn.Sequential(nn.Tanh()).eval(), torch.ones(2, 3), must_apply=False)
