@@ -9,7 +9,8 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxrewrite.declare import Pattern, Step, pattern_of
+from fxrewrite.declare import pattern_of
+from fxrewrite.steps import Pattern, Step
 
 from .drafts import REFUSALS, Draft, Placed, place
 from .layers import ANY_RANK, kinds_of, maker_of, ranks_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxrewrite.arguments import _signatures
-from fxrewrite.declare import Step
+from fxrewrite.steps import Step
 
 from .layers import Shape, kinds_of, maker_of, modules, ranks_of
 from .tensors import random_tensor

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.errors import RuleError, TraceError
-from fxrewrite.matching import accepts, name_of
+from fxrewrite.matching import accepts
 from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Report
 from fxrewrite.ruleset import Rule
+from fxrewrite.sites import name_of
 from fxrewrite.tracing import trace
 from fxrewrite.view import GraphView
 

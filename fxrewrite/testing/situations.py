@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxrewrite.declare import Step
+from fxrewrite.steps import Step
 
 from .drafts import Draft, Placed, place
 
