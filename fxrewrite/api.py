@@ -13,8 +13,10 @@ from .copying import copied
 from .destination import IntoGraph, IntoModules
 from .engine import Engine
 from .errors import InputError
+from .lifting import Lifting
 from .localising import Localisation, Rewrite, check_rewrite, localised
-from .reach import out_of_reach
+from .lowering import lower
+from .reach import not_lifted, out_of_reach
 from .registry import Rules, resolve
 from .renaming import renamed
 from .replaying import Script
@@ -185,11 +187,14 @@ class _Rewriter:
             if example_inputs is not None:
                 record_shapes(graph_module(view), _as_tuple(example_inputs))
             nodes = frozenset(node.name for node in graph.nodes)
-            not_called = out_of_reach(view, unique)
             tree = IntoModules(view) if self.into == "modules" else None
+            lifting = Lifting(view, unique)
+            owners = lifting.owners
+            not_called = out_of_reach(view, unique, owners)
             engine = Engine(view, unique, tree or IntoGraph(), script)
-            findings = (*engine.run(), *not_called)
+            findings = (*engine.run(), *not_lifted(lifting, unique), *not_called)
             bystanders = engine.bystanders()
+            lower(view, lifting)
             made = copied(model, tree.replaced()) if tree else graph_module(view)
         names: dict[str, dict[str, None]] = {}
         for each in self.rule_sets:
@@ -201,7 +206,7 @@ class _Rewriter:
         return made, Report(
             findings,
             of_sets,
-            view.aliases,
+            {**view.aliases, **owners},
             nodes,
             bystanders,
             self.into or "graph",

@@ -59,7 +59,8 @@ class IntoModules:
         if isinstance(action, Revise):
             changed = [link for link in changed if link.step.name in action.steps]
         for link in changed:
-            if link.module is None or len(link.sources) > 1:
+            is_module = link.module is not None and name_of(link.node) in view.modules
+            if not is_module or len(link.sources) > 1:
                 return (
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
                     f"it is in a module tree; {_ELSEWHERE}"

@@ -36,6 +36,8 @@ def graph_module(view: GraphView) -> fx.GraphModule:
     for name in _HOOK_STATE:
         if root.__dict__.get(name) is not None:
             made.__dict__[name] = copy.copy(root.__dict__[name])
+    if isinstance(root, fx.GraphModule):  # whose hooks may read what else it was given
+        made.__dict__ = {**root.__dict__, **made.__dict__}
     made.meta = dict(getattr(root, "meta", {}))
     made.graph = graph
     graph.lint()

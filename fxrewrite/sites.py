@@ -85,19 +85,22 @@ class Seen:
     name: str
     target: Any
     kind: type[Any] | None
+    remark: str = ""
 
     @classmethod
     def of(cls, node: fx.Node, view: GraphView) -> Seen:
         """What a node is now."""
         module = view.module(node)
-        return cls(node.op, node.name, node.target, None if module is None else type(module))
+        kind = None if module is None else type(module)
+        return cls(node.op, node.name, node.target, kind, view.remarks.get(node, ""))
 
     def __str__(self) -> str:
         """By its module's qualified name, its function or its method."""
         if self.kind is not None:
             return f"{self.target} ({self.kind.__name__})"
         if self.op == "call_function":
-            return f"{self.name} ({getattr(self.target, '__name__', self.target)}())"
+            remark = f": {self.remark}" if self.remark else ""
+            return f"{self.name} ({getattr(self.target, '__name__', self.target)}(){remark})"
         if self.op == "call_method":
             return f"{self.name} (.{self.target}())"
         if self.op == "placeholder":

@@ -27,6 +27,7 @@ class GraphView:
         self.graph = graph
         self.constants = constants
         self.placed: dict[str, Any] = dict(constants)
+        self.remarks: dict[fx.Node, str] = {}
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self._users: Counter[int] = Counter()
         self._called: Counter[str] = Counter()
@@ -48,7 +49,10 @@ class GraphView:
 
     def attribute(self, node: fx.Node) -> Any:
         """The value that a `get_attr` node reads."""
-        target = str(node.target)
+        return self.value(str(node.target))
+
+    def value(self, target: str) -> Any:
+        """The value of that qualified name."""
         if target in self.placed:
             return self.placed[target]
         owner, name = _parent_name(target)
@@ -113,13 +117,21 @@ class GraphView:
 
     def free_name(self, target: str) -> str:
         """A qualified name near `target` that nothing of model or graph has or contains."""
-        parent, _ = _parent_name(target)
-        parts = parent.split(".") if parent else []
-        prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        if any(self._called[prefix] for prefix in prefixes):
+        if self._is_below_used(target):
             # Below a called module is that module's own, and it belongs to the model.
             target = target.replace(".", "_")
         return fresh_name(target, _Taken(self))
+
+    def is_used(self, target: str) -> bool:
+        """Whether a node of the graph calls or reads what has that name, or what it is part of."""
+        return self._called[target] > 0 or self._is_below_used(target)
+
+    def _is_below_used(self, target: str) -> bool:
+        while "." in target:
+            target, _ = _parent_name(target)
+            if self._called[target]:
+                return True
+        return False
 
     def place(self, target: str, value: nn.Module | torch.Tensor) -> None:
         """Lay a new module or tensor over the model's under that qualified name."""
@@ -142,6 +154,7 @@ class GraphView:
                     self._use_containers(str(node.target), by)
             return
         if node.op == "get_attr":
+            self._called[str(node.target)] += by
             self._use_containers(str(node.target), by)
         if by > 0 and is_constant(node, self._constants):
             self._constants.add(node)
@@ -178,7 +191,7 @@ class _Taken:
             return True
         if not owner and name in _RESERVED:
             return True
-        return hasattr(view.modules.get(owner), name)
+        return getattr(view.modules.get(owner), name, None) is not None
 
 
 @functools.lru_cache(maxsize=4096)

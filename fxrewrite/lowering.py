@@ -1,0 +1,156 @@
+"""Spell the modules that stand for functional calls as functions again.
+
+What no rule touched is put back as it was. What a rule made is spelt in the way of the call that it
+replaces, or else in the same dialect.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .dialects import SPELLINGS, Spelling
+from .lifting import TRANSPOSES, Lifted, Lifting
+from .meanings import Transposed
+from .modules import _parent_name
+from .soundness import has_hooks
+from .view import GraphView
+
+
+def lower(view: GraphView, lifting: Lifting) -> list[fx.Node]:
+    """Spell what was lifted, or replaced it, as functions; gives the calls that none spells."""
+    return _Lowering(view, lifting).run()
+
+
+class _Lowering:
+    def __init__(self, view: GraphView, lifting: Lifting) -> None:
+        self._view = view
+        self._lifting = lifting
+
+    def run(self) -> list[fx.Node]:
+        """Spell what was lifted, or replaced it, as functions; gives the calls that none spells."""
+        spelt, unspelt = [], []
+        for node in self._view.graph.nodes:
+            module = self._view.module(node)
+            own = self._lifting.lifted.get(node)
+            lifted = self._lifting.by_module.get(id(module)) or own
+            if module is None or lifted is None:
+                continue
+            if own is not None and own.module is module and self._restore(own):
+                continue
+            found = _spelling(lifted.spelling, module) if _reads_one(node) else None
+            if found is None:
+                unspelt.append(node)
+            else:
+                self._view.count(node, -1)
+                spelt.append((node, module, lifted, *found))
+        self._erase_leftovers()
+        for each in spelt:
+            self._respell(*each)
+        return unspelt
+
+    def _restore(self, lifted: Lifted) -> bool:
+        """Put a call back as it was, but for what it reads, if it still stands where it did."""
+        node, call = lifted.node, lifted.call
+        source = node.all_input_nodes[0]
+        if any(each._erased or each > call for each in (*lifted.constants, source)) or call > node:
+            return False
+        self._view.count(node, -1)
+        data = lifted.given[lifted.spelling.data]
+
+        def moved(each: fx.Node) -> fx.Node:
+            return source if each is data else each
+
+        if call is not node:
+            node.op, node.target = "call_function", operator.getitem
+            node.args = (call, lifted.spelling.item)
+        call.op, call.target = "call_function", lifted.spelling.function
+        call.args, call.kwargs = fx.node.map_arg((lifted.args, lifted.kwargs), moved)
+        return True
+
+    def _erase_leftovers(self) -> None:
+        """Erase what only served calls that are gone."""
+        for lifted in self._lifting.lifted.values():
+            served = lifted.constants
+            served += [node for each in served for node in each.all_input_nodes]
+            if lifted.call is not lifted.node:
+                served.insert(0, lifted.call)
+            for node in served:
+                if not node.users and not node._erased:
+                    self._view.count(node, -1)
+                    self._view.graph.erase_node(node)
+
+    def _respell(
+        self,
+        node: fx.Node,
+        module: nn.Module,
+        lifted: Lifted,
+        spelling: Spelling,
+        spelt: dict[str, Any],
+    ) -> None:
+        """Make a module's call the call of a function."""
+        graph, source = self._view.graph, node.args[0]
+        with graph.inserting_before(node):
+            values = {
+                name: self._argument(value, spelling.fields.get(name, name), lifted, spelling)
+                for name, value in spelt.items()
+            }
+            values[spelling.data] = source
+            args = tuple(values[name] for name in spelling.names)
+            kwargs = {name: values[name] for name in spelling.keywords}
+            function = spelling.function
+            if spelling.item is not None:
+                call = graph.call_function(function, args, kwargs)
+                function, args, kwargs = operator.getitem, (call, spelling.item), {}
+        node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+
+    def _argument(self, value: Any, field: str, lifted: Lifted, spelling: Spelling) -> Any:
+        if isinstance(value, Transposed):
+            read = self._argument(value.tensor, field, lifted, spelling)
+            permute = torch.ops.aten.permute.default
+            return self._view.graph.call_function(permute, (read, *TRANSPOSES[permute]))
+        if isinstance(value, torch.Tensor):
+            target = self._target(value, field, lifted)
+            read = self._view.graph.create_node("get_attr", target)
+            self._view.count(read, +1)
+            return read
+        is_list = isinstance(value, tuple) and isinstance(spelling.function, torch._ops.OpOverload)
+        return list(value) if is_list else value
+
+    def _target(self, tensor: torch.Tensor, field: str, lifted: Lifted) -> str:
+        """The qualified name of a tensor; a new one takes that of the tensor that it replaces."""
+        if id(tensor) in self._lifting.targets:
+            return self._lifting.targets[id(tensor)][0]
+        view, fields = self._view, lifted.spelling.fields
+        old = {fields.get(name, name): target for name, target in lifted.targets.items()}
+        beside, target = old.get("weight", next(iter(old.values()), "")), old.get(field)
+        if target is None:
+            owner, name = _parent_name(beside)
+            sibling = field if name == "weight" else f"{name}_{field}"
+            target = view.free_name(f"{owner}.{sibling}" if owner else sibling)
+        elif view.is_used(target):
+            target = view.free_name(target)
+        is_parameter = not beside or isinstance(view.value(beside), nn.Parameter)
+        placed = tensor if is_parameter else tensor.detach()
+        view.place(target, placed)
+        self._lifting.targets[id(tensor)] = target, tensor
+        return target
+
+
+def _reads_one(node: fx.Node) -> bool:
+    return len(node.args) == 1 and not node.kwargs
+
+
+def _spelling(like: Spelling, module: nn.Module) -> tuple[Spelling, dict[str, Any]] | None:
+    """How to spell a module, in the same way if that can be, or else in the same dialect."""
+    if has_hooks(module) or "forward" in module.__dict__:
+        return None
+    same_dialect = (each for each in SPELLINGS.values() if each.dialect == like.dialect)
+    for spelling in (like, *same_dialect):
+        spelt = spelling.spell(module)
+        if spelt is not None:
+            return spelling, spelt
+    return None
