@@ -13,7 +13,15 @@ from torch import fx
 from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
-_TORCH_NAME = {operator.truediv: "true_divide", operator.floordiv: "floor_divide"}
+_TORCH_NAME = {
+    operator.truediv: "true_divide",
+    operator.itruediv: "true_divide",
+    operator.floordiv: "floor_divide",
+    operator.ifloordiv: "floor_divide",
+    operator.iadd: "add",
+    operator.isub: "sub",
+    operator.imul: "mul",
+}
 
 
 def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[str, Any]:

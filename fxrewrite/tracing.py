@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import inplace_methods
 
 from . import watching
 from .errors import TraceError
@@ -131,8 +133,28 @@ def _with_leaves(
     own = copy.copy(base)
     own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
     own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
+    if type(base).proxy is fx.Tracer.proxy:  # otherwise the user's tracer has values of its own
+        own.proxy = lambda node: _Value(node, own)  # type: ignore[method-assign]
     watched(own)
     return own
+
+
+class _Value(fx.Proxy):
+    """A value to trace with, whose `x += y` is recorded as the write in place that it is.
+
+    Of FX's own it makes a new value, and whatever else is `x`, or a view of it, misses the write.
+    """
+
+
+def _recorded(write: Any) -> Any:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", write, (self, other), {})
+
+    return method
+
+
+for _name in inplace_methods.keys() - {"setitem"}:  # which FX refuses to trace
+    setattr(_Value, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
 def _refuse_compiled(model: nn.Module) -> None:

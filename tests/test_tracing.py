@@ -317,3 +317,23 @@ def test_many_threads_may_trace_at_once():
     for each in threads:
         each.join()
     assert results == dict.fromkeys(range(8), 20)
+
+
+@pytest.mark.parametrize("into", ["graph", "modules"])
+def test_an_augmented_assignment_is_a_write_in_place(into: Any) -> None:
+    """`x += 1` writes to the argument and to what is a view of it, as it does in the model."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = x
+        part = x[:1]
+        x += 1
+        part *= 2
+        return m.bn(m.conv(y)), part
+
+    model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn()).double()
+    fused, report = fxr.rewrite(model, "conv_bn", into=into)
+    assert len(report.applied) == 1
+    one, two = nets.X.clone(), nets.X.clone()
+    torch.testing.assert_close(fused(one), model(two))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, nets.X)
