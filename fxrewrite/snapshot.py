@@ -128,7 +128,8 @@ class ModelState:
                 found = found or f"{name}.{key}".strip(".")
                 _refill(registry, before)
         for name, tensor in self._tensors:
-            if tensor.differs():
+            # A forward that writes what is there already may write something else next time.
+            if tensor.was_written() or tensor.differs():
                 found = found or name
                 tensor.restore()
         return found
@@ -158,11 +159,14 @@ class _Tensor:
         if now._backward_hooks is not self.hooks or dict(self.hooks or {}) != self.hooked:
             return True
         if not self.is_dense:  # of other layouts, torch tells only what goes through its functions
-            return not now.is_inference() and now._version != self.version
+            return self.was_written()
         if _geometry(now) != self.geometry:
             return True
         same_place = now.data_ptr() == self.data.data_ptr()
         return not same_place or not torch.equal(_bytes(now), _bytes(self.copy))
+
+    def was_written(self) -> bool:
+        return not self.tensor.is_inference() and self.tensor._version != self.version
 
     def restore(self) -> None:
         if not self.differs():

@@ -134,12 +134,12 @@ def _with_leaves(
     own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
     own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
     if type(base).proxy is fx.Tracer.proxy:  # otherwise the user's tracer has values of its own
-        own.proxy = lambda node: _Value(node, own)  # type: ignore[method-assign]
+        own.proxy = lambda node: Proxy(node, own)  # type: ignore[method-assign]
     watched(own)
     return own
 
 
-class _Value(fx.Proxy):
+class Proxy(fx.Proxy):
     """A value to trace with, whose `x += y` is recorded as the write in place that it is.
 
     Of FX's own it makes a new value, and whatever else is `x`, or a view of it, misses the write.
@@ -154,7 +154,7 @@ def _recorded(write: Any) -> Any:
 
 
 for _name in inplace_methods.keys() - {"setitem"}:  # which FX refuses to trace
-    setattr(_Value, f"__{_name}__", _recorded(getattr(operator, _name)))
+    setattr(Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
 def _refuse_compiled(model: nn.Module) -> None:

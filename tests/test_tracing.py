@@ -3,7 +3,9 @@
 import sys
 import threading
 import warnings
+from typing import Any
 
+import nets
 import pytest
 import torch
 from torch import fx, nn
@@ -337,3 +339,16 @@ def test_an_augmented_assignment_is_a_write_in_place(into: Any) -> None:
     torch.testing.assert_close(fused(one), model(two))
     assert torch.equal(one, two)
     assert not torch.equal(one, nets.X)
+
+
+def test_a_write_of_what_is_there_already_is_a_write() -> None:
+    """A forward that sets a buffer is not traced as if it did not, though the buffer is so now."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.bn.running_mean[0] = 0.5
+        return m.bn(m.conv(x))
+
+    model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn()).double()
+    model(nets.X)
+    with pytest.raises(fxr.TraceError, match="changes bn.running_mean"):
+        fxr.fuse(model)

@@ -11,11 +11,11 @@ except ImportError as error:
         'pip install "fxrewrite[testing]"'
     ) from error
 
-from .around import models_around
+from .around import graph_module, models_around
 from .checking import check_rule
 from .layers import register_strategy
 from .observing import Record
-from .properties import UnsoundError, check_rewrite
+from .properties import UnsoundError, check_model
 from .tensors import random_tensor, randomise
 from .written import Case, written
 
@@ -23,8 +23,9 @@ __all__ = [
     "Case",
     "Record",
     "UnsoundError",
-    "check_rewrite",
+    "check_model",
     "check_rule",
+    "graph_module",
     "models_around",
     "random_tensor",
     "randomise",

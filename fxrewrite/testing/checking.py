@@ -20,7 +20,7 @@ from fxrewrite.report import Report
 
 from .around import models_around
 from .drafts import REFUSALS
-from .properties import check_rewrite, rules_of
+from .properties import check_model, rules_of
 from .written import Case
 
 Models: TypeAlias = "nn.Module | Iterable[nn.Module | Case] | st.SearchStrategy[Case]"
@@ -70,7 +70,7 @@ def check_rule(
         for case in _cases(models, inputs):
             for shapes in (False, True):
                 counts.add(
-                    check_rewrite(rules, case.model, case.args, shapes=shapes, tolerance=tolerance)
+                    check_model(rules, case.model, case.args, shapes=shapes, tolerance=tolerance)
                 )
     else:
         for rule in rules_of(rules):
@@ -78,7 +78,7 @@ def check_rule(
 
             def check(case: Case, shapes: bool) -> None:
                 counts.add(
-                    check_rewrite(rules, case.model, case.args, shapes=shapes, tolerance=tolerance)
+                    check_model(rules, case.model, case.args, shapes=shapes, tolerance=tolerance)
                 )
 
             _for_all(check, drawn, max_examples, reproduce, str(rule.pattern))
