@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import FxRewriteError
+from .result import HOOK_STATE
 
 # copy.deepcopy() hands these on as they are, or they hold nothing that could matter here.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, range)
@@ -54,9 +55,23 @@ def copied(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
         result: nn.Module = copy.deepcopy(model, memo)
         for each in reached.functions:
             _fill_cells(each, memo)
+        for graph_module in filter(_is_graph_module, model.modules()):
+            _copy_hooks(graph_module, memo)
     except Exception as error:
         raise NotCopiedError(f"{type(model).__name__} can't be copied: {error}") from error
     return result
+
+
+def _is_graph_module(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def _copy_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Give the copy of a GraphModule the hooks that torch's own copying leaves out."""
+    made = memo.get(id(module))
+    if made is not None:  # otherwise it stood inside what was replaced
+        for name in HOOK_STATE:
+            made.__dict__[name] = copy.deepcopy(module.__dict__.get(name), memo)
 
 
 class _Reached:

@@ -13,7 +13,7 @@ from .soundness import HOOKS
 from .view import GraphView
 
 # Beside the hooks themselves, how torch remembers that they want to be called.
-_HOOK_STATE = (
+HOOK_STATE = (
     *HOOKS,
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -33,7 +33,7 @@ def graph_module(view: GraphView) -> fx.GraphModule:
     holders = _Holders(made, root)
     for target, node in used.items():
         _install(target, node, holders, view)
-    for name in _HOOK_STATE:
+    for name in HOOK_STATE:
         if root.__dict__.get(name) is not None:
             made.__dict__[name] = copy.copy(root.__dict__[name])
     if isinstance(root, fx.GraphModule):  # whose hooks may read what else it was given

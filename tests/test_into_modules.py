@@ -17,7 +17,7 @@ import strategies
 import torch
 from hypothesis import given
 from nets import Forward, X, bn, conv
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrizations
 
 import fxrewrite as fxr
@@ -267,3 +267,14 @@ def test_the_copy_pickles_and_scripts_where_the_model_does() -> None:
 def test_a_destination_of_another_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="into is 'graph', 'modules' or None, not 'tree'"):
         fxr.rewrite(nn.ReLU(), "conv_bn", into="tree")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["the model", "inside"])
+def test_the_hooks_of_a_graph_module_are_copied(inner: bool) -> None:
+    """A GraphModule, by itself or inside a model, keeps its hooks in the copy."""
+    model: nn.Module = fx.symbolic_trace(nn.Sequential(nets.conv(), nets.bn()))
+    model.register_forward_hook(nets.halve_output)
+    model = nets.randomise(nn.Sequential(model, nets.conv(), nets.bn()) if inner else model)
+    made, report = fxr.rewrite(model.double(), "conv_bn", into="modules")
+    assert report.applied
+    torch.testing.assert_close(made(nets.X), model(nets.X))

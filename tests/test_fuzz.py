@@ -1,0 +1,41 @@
+"""The fuzzer: random module trees, rewritten by all built-in rules, against themselves."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import fuzz
+import torch
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+import fxrewrite as fxr
+from fxrewrite.copying import NotCopiedError
+from fxrewrite.testing import Case, check_model
+
+TIMES = 10
+
+
+@settings(max_examples=settings().max_examples * TIMES)
+@given(fuzz.cases(), st.sampled_from([None, None, "modules"]), st.booleans())
+def test_a_random_model(case: Case, into: Literal["modules"] | None, shapes: bool) -> None:
+    """Same outputs, arguments and state; the original untouched; all accounted for; repeatable."""
+    rules = fxr.rule_set_names()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case.model(*[each.clone() for each in case.args])
+    except Exception as error:
+        event(f"does not run: {type(error).__name__}")
+        assume(False)
+    dtype = case.args[0].dtype
+    tolerance = 1e-9 if dtype in (torch.float64, torch.complex128) else 200 * torch.finfo(dtype).eps
+    try:
+        report = check_model(
+            rules, case.model, case.args, shapes=shapes, into=into, tolerance=tolerance
+        )
+    except (fxr.TraceError, NotCopiedError) as error:
+        event(f"declined: {type(error).__name__}")
+        return
+    event(f"applied {min(len(report.applied), 3)}")
