@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import attrs
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from .copying import copied
 from .destination import IntoGraph, IntoModules
 from .engine import Engine
 from .errors import InputError
+from .exported import Program
 from .lifting import Lifting
 from .localising import Localisation, Rewrite, check_rewrite, localised
 from .lowering import lower
@@ -32,7 +34,7 @@ Into = Literal["graph", "modules"]
 
 
 def rewrite(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     rules: Rules,
     example_inputs: Any = None,
     *,
@@ -53,7 +55,8 @@ def rewrite(
 
     Args:
         model: the model, which is never changed; tensors that are not rewritten are shared with
-            the result. A GraphModule's graph is taken as it is, anything else is traced.
+            the result. A GraphModule's graph is taken as it is, and so is that of a program of
+            `torch.export`, which gives a program again; anything else is traced.
         rules: a rule set or its name, a rule, or a list of those; earlier ones are tried first.
         example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
             need shapes or dtypes learn them from it; nothing is computed.
@@ -79,6 +82,8 @@ def rewrite(
     """
     if into not in (None, "graph", "modules"):
         raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
+    if into == "modules" and isinstance(model, ExportedProgram):
+        raise ValueError("an exported program has no modules; it can't be rewritten into='modules'")
     if verify is True and example_inputs is None:
         raise InputError("verify=True takes the example inputs, and there are none; give them")
     rewriter = _Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
@@ -87,12 +92,16 @@ def rewrite(
     report.check(expect or {})
     if verify is not None and verify is not False:
         inputs = example_inputs if verify is True else verify
-        check_rewrite(Rewrite(model, made, script, example_inputs, rewriter), inputs, progress)
+        one, other = model, made
+        if isinstance(model, ExportedProgram):
+            one, other = model.module(), made.module()
+        pair = Rewrite(cast(nn.Module, one), other, script, example_inputs, rewriter)
+        check_rewrite(pair, inputs, progress)
     return made, report
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     rules: Rules,
     example_inputs: Any = None,
     *,
@@ -176,26 +185,32 @@ class _Rewriter:
     tracer: fx.Tracer | type[fx.Tracer] | None
     leaf_modules: LeafModules
 
-    def __call__(self, model: nn.Module, example_inputs: Any, script: Script) -> tuple[Any, Report]:
+    def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
         """The rewritten model and the report; what is asked and done is in the script."""
         unique = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
         named = [kind for rule in unique for kind in rule.pattern.module_types]
-        graph, constants = trace(model, (*named, *checked_leaves(self.leaf_modules)), self.tracer)
+        leaves = (*named, *checked_leaves(self.leaf_modules))
+        program = Program(model) if isinstance(model, ExportedProgram) else None
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
-            view = GraphView(model, graph, constants)
-            if example_inputs is not None:
+            view = (
+                program.view() if program else GraphView(model, *trace(model, leaves, self.tracer))
+            )
+            if program is None and example_inputs is not None:
                 record_shapes(graph_module(view), _as_tuple(example_inputs))
-            nodes = frozenset(node.name for node in graph.nodes)
+            nodes = frozenset(node.name for node in view.graph.nodes)
             tree = IntoModules(view) if self.into == "modules" else None
             lifting = Lifting(view, unique)
             owners = lifting.owners
             not_called = out_of_reach(view, unique, owners)
-            engine = Engine(view, unique, tree or IntoGraph(), script)
+            engine = Engine(view, unique, program or tree or IntoGraph(), script)
             findings = (*engine.run(), *not_lifted(lifting, unique), *not_called)
             bystanders = engine.bystanders()
-            lower(view, lifting)
-            made = copied(model, tree.replaced()) if tree else graph_module(view)
+            lowered = lower(view, lifting)
+            if program is not None:
+                made: Any = program.finished(view)
+            else:
+                made = copied(model, tree.replaced()) if tree else graph_module(view)
         names: dict[str, dict[str, None]] = {}
         for each in self.rule_sets:
             names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
@@ -203,6 +218,9 @@ class _Rewriter:
         became = {
             name: found.became for found in findings if found.became for _, name in found.steps
         }
+        # From the layer whose tensors a call reads to that call, and from there back to a layer.
+        ends = {*lowered.values()}
+        became = {k: v for k, v in {**owners, **became}.items() if k not in ends} | lowered
         return made, Report(
             findings,
             of_sets,

@@ -58,10 +58,9 @@ class Spelling:
     item: int | None = None
 
     @property
-    def follows_mode(self) -> bool:
-        """Whether a call is in training mode where the model is: it has no argument to say so."""
-        says = {"training", "train"} & {*self.names}
-        return self.dialect == "functional" and not says
+    def says_mode(self) -> bool:
+        """Whether an argument says that a call is in training mode."""
+        return not {"training", "train"}.isdisjoint(self.names)
 
     def spell(self, module: nn.Module) -> dict[str, Any] | None:
         """The arguments by name, without the chain's value; None where they can't say it."""

@@ -14,6 +14,9 @@ from .sites import Link, Site
 from .steps import Call, Value
 from .view import GraphView
 
+# What a node's metadata says of where it comes from.
+PROVENANCE = frozenset({"nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn"})
+
 
 @attrs.frozen(eq=False)
 class NewCall:
@@ -198,7 +201,7 @@ def _erase(view: GraphView, node: fx.Node) -> None:
 
 def _provenance(node: fx.Node) -> dict[str, Any]:
     """Where a node came from, without what is known of its value."""
-    return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return {k: v for k, v in node.meta.items() if k in PROVENANCE}
 
 
 def _node_of(view: GraphView, site: Site, value: Value) -> fx.Node:

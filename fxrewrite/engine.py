@@ -15,6 +15,7 @@ from .destination import Destination
 from .effects import Effects
 from .matching import Matcher, accepts, calls, reads_one_value
 from .parametrized import is_parametrized
+from .renewing import renew
 from .replaying import Script
 from .report import Bystander, Finding
 from .ruleset import Rule
@@ -223,6 +224,7 @@ class Engine:
             for call, target in zip(made.calls, targets, strict=True):
                 edits.call_module(self._view, made, call, target)
             nodes = edits.hand_over(self._view, site, made)
+            renew(self._view, nodes)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
         for node in nodes:

@@ -122,8 +122,9 @@ class Lifting:
         made = spelling.meaning.lift(plain, self._rank(source))
         if isinstance(made, str):
             return made
-        if spelling.follows_mode:
-            made.train(view.root.training)
+        if not spelling.says_mode:
+            # A graph of operators has no mode, whatever the module says that it is in.
+            made.train(spelling.dialect == "functional" and view.root.training)
         # Calls that are the same in all but what they read are calls of one module.
         told = (targets.get(name) or repr(value) for name, value in plain.items())
         key = (spelling.function, type(made), *plain, *told)

@@ -13,26 +13,34 @@ import torch
 from torch import fx, nn
 
 from .dialects import SPELLINGS, Spelling
+from .edits import PROVENANCE
 from .lifting import TRANSPOSES, Lifted, Lifting
 from .meanings import Transposed
 from .modules import _parent_name
+from .renewing import renew
 from .soundness import has_hooks
 from .view import GraphView
 
 
-def lower(view: GraphView, lifting: Lifting) -> list[fx.Node]:
-    """Spell what was lifted, or replaced it, as functions; gives the calls that none spells."""
-    return _Lowering(view, lifting).run()
+def lower(view: GraphView, lifting: Lifting) -> dict[str, str]:
+    """Spell what was lifted, or replaced it, as functions, as far as there are functions for it.
+
+    Gives the name under which each new module stood, with the name that its tensors are below.
+    """
+    lowering = _Lowering(view, lifting)
+    lowering.run()
+    return lowering.names
 
 
 class _Lowering:
     def __init__(self, view: GraphView, lifting: Lifting) -> None:
         self._view = view
         self._lifting = lifting
+        self.names: dict[str, str] = {}
 
-    def run(self) -> list[fx.Node]:
-        """Spell what was lifted, or replaced it, as functions; gives the calls that none spells."""
-        spelt, unspelt = [], []
+    def run(self) -> None:
+        """Restore or respell each call in the place of one that was lifted."""
+        spelt = []
         for node in self._view.graph.nodes:
             module = self._view.module(node)
             own = self._lifting.lifted.get(node)
@@ -42,15 +50,12 @@ class _Lowering:
             if own is not None and own.module is module and self._restore(own):
                 continue
             found = _spelling(lifted.spelling, module) if _reads_one(node) else None
-            if found is None:
-                unspelt.append(node)
-            else:
+            if found is not None:
                 self._view.count(node, -1)
                 spelt.append((node, module, lifted, *found))
         self._erase_leftovers()
         for each in spelt:
             self._respell(*each)
-        return unspelt
 
     def _restore(self, lifted: Lifted) -> bool:
         """Put a call back as it was, but for what it reads, if it still stands where it did."""
@@ -92,28 +97,33 @@ class _Lowering:
         spelt: dict[str, Any],
     ) -> None:
         """Make a module's call the call of a function."""
-        graph, source = self._view.graph, node.args[0]
+        graph, (source, *_) = self._view.graph, node.all_input_nodes
         with graph.inserting_before(node):
             values = {
-                name: self._argument(value, spelling.fields.get(name, name), lifted, spelling)
+                name: self._argument(node, value, spelling.fields.get(name, name), lifted, spelling)
                 for name, value in spelt.items()
             }
             values[spelling.data] = source
             args = tuple(values[name] for name in spelling.names)
             kwargs = {name: values[name] for name in spelling.keywords}
-            function = spelling.function
+            function: Any = spelling.function
             if spelling.item is not None:
                 call = graph.call_function(function, args, kwargs)
+                call.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
                 function, args, kwargs = operator.getitem, (call, spelling.item), {}
         node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+        renew(self._view, _below(node, source))
 
-    def _argument(self, value: Any, field: str, lifted: Lifted, spelling: Spelling) -> Any:
+    def _argument(
+        self, node: fx.Node, value: Any, field: str, lifted: Lifted, spelling: Spelling
+    ) -> Any:
         if isinstance(value, Transposed):
-            read = self._argument(value.tensor, field, lifted, spelling)
+            read = self._argument(node, value.tensor, field, lifted, spelling)
             permute = torch.ops.aten.permute.default
             return self._view.graph.call_function(permute, (read, *TRANSPOSES[permute]))
         if isinstance(value, torch.Tensor):
             target = self._target(value, field, lifted)
+            self.names.setdefault(str(node.target), _parent_name(target)[0])
             read = self._view.graph.create_node("get_attr", target)
             self._view.count(read, +1)
             return read
@@ -138,6 +148,12 @@ class _Lowering:
         view.place(target, placed)
         self._lifting.targets[id(tensor)] = target, tensor
         return target
+
+
+def _below(node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """What was made for a call, in order, the call last."""
+    made = [each for each in node.all_input_nodes if each is not source]
+    return [*(inner for each in made for inner in _below(each, source)), node]
 
 
 def _reads_one(node: fx.Node) -> bool:

@@ -92,7 +92,7 @@ class ConvMeaning(Meaning):
             device="meta",
             **geometry,
         )
-        return _around(module.eval(), weight=weight, bias=bias)
+        return _around(module, weight=weight, bias=bias)
 
     @override
     def lower(self, module: Any) -> Arguments | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -32,7 +32,7 @@ class Became:
         return f"{words}{', '.join(self.keys)}" if words else self.how
 
 
-def renamed(model: nn.Module, made: nn.Module, rewritten: Mapping[str, str]) -> dict[str, Became]:
+def renamed(model: Any, made: Any, rewritten: Mapping[str, str]) -> dict[str, Became]:
     """For each key of the model's state dict, what became of it in the result.
 
     `rewritten` has the names of the modules that were matched, with what each became.
@@ -77,8 +77,11 @@ def _end(name: str, became: Mapping[str, str]) -> str:
     return name
 
 
-def _saved(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _saved(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Key and tensor of all that a state dict has, by whatever number of names."""
+    if not isinstance(model, nn.Module):  # an exported program
+        yield from model.state_dict.items()
+        return
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         for key, tensor in module._parameters.items():

@@ -104,7 +104,7 @@ class Seen:
         if self.op == "call_method":
             return f"{self.name} (.{self.target}())"
         if self.op == "placeholder":
-            return f"the model's input {self.target!r}"
+            return self.remark or f"the model's input {self.target!r}"
         if self.op == "get_attr":
             return f"the model's attribute {self.target}"
         return "the model's output"
