@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .containers import keep_types
+
 
 class AmbientStateError(Exception):
     """A forward computes under a state of torch that was not there when tracing began."""
@@ -46,6 +48,7 @@ def watched(tracer: fx.Tracer) -> fx.Tracer:
     tracer.call_module = call  # type: ignore[method-assign, assignment]
     tracer.getattr = get  # type: ignore[method-assign, assignment]
     tracer.create_node = create  # type: ignore[method-assign]
+    keep_types(tracer)
     return tracer
 
 
