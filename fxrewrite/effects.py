@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .inheriting import overridden
 from .view import GraphView
 
 _IN_PLACE_OPERATORS = {
@@ -155,7 +156,9 @@ def is_fresh_module(module: nn.Module | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_fresh_kind(kind: type[Any]) -> bool:
-    return kind.__module__ in _FRESH_MODULES and not issubclass(kind, nn.Identity)
+    known = (each for each in kind.__mro__ if each.__module__ in _FRESH_MODULES)
+    base = next(known, None)
+    return base is not None and base is not nn.Identity and overridden(kind, base) is None
 
 
 def hands_on(module: nn.Module | None) -> bool:

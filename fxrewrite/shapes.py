@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .errors import FxRewriteError
@@ -28,6 +29,11 @@ _DEPENDS_ON_DATA = (
 
 
 class _Propagation(FakeTensorProp):
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # A graph's own lists can't be written to; code made of it gives a new one in each run.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(tuple(args)), _mutable(dict(kwargs))
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Hooks are the user's, and must not see fake tensors.
         return self.fetch_attr(target).forward(*args, **kwargs)
@@ -70,3 +76,14 @@ def record_shapes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> None
                 f"the model can't be called with these example_inputs: {said}"
             ) from error
         before.restore()
+
+
+def _mutable(value: Any) -> Any:
+    """The same nested lists and dictionaries as plain ones."""
+    if isinstance(value, immutable_list):
+        return [_mutable(each) for each in value]
+    if type(value) is tuple:
+        return tuple(map(_mutable, value))
+    if isinstance(value, immutable_dict) or type(value) is dict:
+        return {key: _mutable(each) for key, each in value.items()}
+    return value

@@ -7,7 +7,6 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any, Literal
 
 import attrs
@@ -28,6 +27,7 @@ from .effects import (
     written_by,
 )
 from .family import FamilyType
+from .inheriting import overridden
 from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
 from .sites import Site, describe
 from .view import GraphView
@@ -43,16 +43,6 @@ HOOKS = (
     "_load_state_dict_post_hooks",
 )
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
-# A subclass may define these and still behave as its base does.
-_HARMLESS = frozenset(
-    "__init__ __doc__ __module__ __qualname__ __annotations__ __annotate__ __annotate_func__ "
-    "__annotations_cache__ __abstractmethods__ _abc_impl __dict__ __weakref__ __constants__ "
-    "__parameters__ __orig_bases__ __firstlineno__ __static_attributes__ __repr__ extra_repr "
-    "_get_name reset_parameters".split()
-)
-
-
-_ADDITIONS = (classmethod, staticmethod, bool, int, float, str, tuple)
 
 
 def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
@@ -217,14 +207,8 @@ def _member(base: Any, found: type[nn.Module]) -> Any:
 def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
     if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
         return None
-    stated = {name for cls in base.__mro__ for name in inspect.get_annotations(cls)}
-    for cls in found.__mro__[: found.__mro__.index(base)]:
-        for name, value in vars(cls).items():
-            is_new = not hasattr(base, name) and name not in stated
-            adds = callable(value) or isinstance(value, _ADDITIONS)
-            if name not in _HARMLESS and not (is_new and adds):
-                return f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
-    return None
+    name = overridden(found, base)
+    return name and f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
 
 
 def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | None:

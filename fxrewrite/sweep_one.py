@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import rewrite
 from .errors import InputError, TraceError
+from .loading import LoadError
 from .randomising import randomise_batch_norms
 from .registry import get_rule_set
 from .ruleset import RuleSet
@@ -67,7 +69,8 @@ def _examine(
     tell("being built")
     most = settings.max_parameters
     if most is not None and subject.library:
-        with torch.device("meta"):
+        # Not all models can be built without numbers; those are built, and counted, as they are.
+        with contextlib.suppress(LoadError), torch.device("meta"):
             found["parameters"] = _count(build(subject))
     if most is None or found.get("parameters", 0) <= most:
         model = build(subject)
@@ -86,7 +89,7 @@ def _examine(
     before = time.perf_counter()
     rewritten, report = rewrite(model, rule_sets, inputs)
     found["rewrite_seconds"] = round(time.perf_counter() - before, 3)
-    found |= {"into": "graph", **accounted(report)}
+    found |= {"into": report.into, **accounted(report)}
     tell("being verified")
     verification = verify(model, rewritten, inputs)
     found |= _verified(verification)

@@ -289,3 +289,20 @@ def test_behind_a_function() -> None:
     model = nets.Forward(lambda m, x: m.bn(torch.relu(m.conv(x))), conv=nets.conv(), bn=nets.bn())
     _, report = checks.folded(model, nets.X, applied=0)
     assert "reads relu (relu()), not a Conv1d, Conv2d or Conv3d" in report.why("bn")
+
+
+class ConvWithAnAddition(nn.Conv2d):
+    """A convolution with a constructor and a method of its own, as torchvision's Conv3DSimple."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1, bias=False)
+
+    @staticmethod
+    def downsampling() -> int:
+        return 1
+
+
+def test_a_subclass_gives_new_storage_as_its_base_does() -> None:
+    """An activation that writes in place after the batch norm is no reason to refuse it."""
+    layers = nn.Sequential(ConvWithAnAddition(4), nets.bn(), nn.ReLU(inplace=True))
+    checks.folded(nets.randomise(layers), nets.X, applied=1)

@@ -43,6 +43,28 @@ def test_a_value_field_is_what_flows_where_it_stands(layers):
     assert {value.dtype for value in values} == {torch.float32}
 
 
+@torch.fx.wrap
+def rolled(x, shifts):
+    """A function that writes to the list that it is given, as some windowed attentions do."""
+    shifts[0] = 0
+    return torch.roll(x, shifts, (0, 1))
+
+
+def test_a_function_of_the_model_may_write_to_a_list_of_its_call():
+    """The code of a graph gives it a new list each time, and so does looking for shapes."""
+
+    class Rolling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.relu = nn.Linear(3, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.linear(rolled(x, [1, 1])))
+
+    (match,) = seen(Rolling(), X)
+    assert match.between.shape == (2, 4)
+
+
 def test_without_example_inputs_shapes_are_not_known():
     (match,) = seen(chain())
     assert (match.before.shape, match.after.dtype) == (None, None)
