@@ -10,17 +10,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .applying import apply
 from .copying import copied
 from .destination import IntoGraph, IntoModules
-from .engine import Engine
 from .errors import InputError
 from .exported import Program
-from .lifting import Lifting
 from .localising import Localisation, Rewrite, check_rewrite, localised
-from .lowering import lower
-from .reach import not_lifted, out_of_reach
 from .registry import Rules, resolve
-from .renaming import renamed
 from .replaying import Script
 from .report import Report
 from .result import graph_module
@@ -187,49 +183,28 @@ class _Rewriter:
 
     def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
         """The rewritten model and the report; what is asked and done is in the script."""
-        unique = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
-        named = [kind for rule in unique for kind in rule.pattern.module_types]
+        named = [
+            kind
+            for each in self.rule_sets
+            for rule in each.rules
+            for kind in rule.pattern.module_types
+        ]
         leaves = (*named, *checked_leaves(self.leaf_modules))
-        program = Program(model) if isinstance(model, ExportedProgram) else None
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
-            view = (
-                program.view() if program else GraphView(model, *trace(model, leaves, self.tracer))
-            )
-            if program is None and example_inputs is not None:
-                record_shapes(graph_module(view), _as_tuple(example_inputs))
-            nodes = frozenset(node.name for node in view.graph.nodes)
-            tree = IntoModules(view) if self.into == "modules" else None
-            lifting = Lifting(view, unique)
-            owners = lifting.owners
-            not_called = out_of_reach(view, unique, owners)
-            engine = Engine(view, unique, program or tree or IntoGraph(), script)
-            findings = (*engine.run(), *not_lifted(lifting, unique), *not_called)
-            bystanders = engine.bystanders()
-            lowered = lower(view, lifting)
-            if program is not None:
+            if isinstance(model, ExportedProgram):
+                program = Program(model)
+                view = program.view()
+                applied = apply(view, self.rule_sets, program, script)
                 made: Any = program.finished(view)
-            else:
-                made = copied(model, tree.replaced()) if tree else graph_module(view)
-        names: dict[str, dict[str, None]] = {}
-        for each in self.rule_sets:
-            names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
-        of_sets = {name: tuple(rules) for name, rules in names.items()}
-        became = {
-            name: found.became for found in findings if found.became for _, name in found.steps
-        }
-        # From the layer whose tensors a call reads to that call, and from there back to a layer.
-        ends = {*lowered.values()}
-        became = {k: v for k, v in {**owners, **became}.items() if k not in ends} | lowered
-        return made, Report(
-            findings,
-            of_sets,
-            {**view.aliases, **owners},
-            nodes,
-            bystanders,
-            self.into or "graph",
-            renamed(model, made, became),
-        )
+                return made, applied.report(model, made, "graph")
+            view = GraphView(model, *trace(model, leaves, self.tracer))
+            if example_inputs is not None:
+                record_shapes(graph_module(view), _as_tuple(example_inputs))
+            tree = IntoModules(view) if self.into == "modules" else None
+            applied = apply(view, self.rule_sets, tree or IntoGraph(), script)
+            made = copied(model, tree.replaced()) if tree else graph_module(view)
+        return made, applied.report(model, made, self.into or "graph")
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -27,9 +26,11 @@ from .actions import Action, Replace
 from .effects import Effects
 from .legalising import legalise
 from .modules import _parent_name, fresh_name
+from .placeholders import Input, as_inputs
 from .renewing import run_on_fakes
 from .sites import Link, Site
 from .steps import Call, Value
+from .tracing import copy_of
 from .view import GraphView
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -47,7 +48,7 @@ class Program:
 
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
-        self.graph = copy.deepcopy(program.graph)
+        self.graph = copy_of(program.graph)
         tensors = {**program.state_dict, **program.constants}
         self._before = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
         self._remarks: dict[fx.Node, str] = {}
@@ -113,7 +114,7 @@ class Program:
         }
         specs = self._input_specs(view, read)
         inputs = self._inputs(view, specs, read)
-        graph, made = _flat(view.graph, inputs)
+        graph, made = as_inputs(view.graph, inputs)
         state_dict, constants = self._tensors(view, specs, read)
         return ExportedProgram(
             root=program.graph_module,
@@ -154,7 +155,7 @@ class Program:
 
     def _inputs(
         self, view: GraphView, specs: list[InputSpec], read: Mapping[str, fx.Node]
-    ) -> list[_Input]:
+    ) -> list[Input]:
         """The inputs with what the graph has in their place until now."""
         placeholders = self._program.graph.find_nodes(op="placeholder")
         metas = {node.name: node.meta for node in placeholders}
@@ -169,7 +170,7 @@ class Program:
                 meta["val"] = read[target].meta["val"]
             key = ("get_attr", target) if spec.kind in _TENSORS else ("placeholder", name)
             nodes = standing.get(key, standing.get(("placeholder", name), []))
-            inputs.append(_Input(name, meta, nodes))
+            inputs.append(Input(name, meta, nodes))
         return inputs
 
     def _output_specs(self, view: GraphView, made: Mapping[fx.Node, fx.Node]) -> list[OutputSpec]:
@@ -222,31 +223,6 @@ class Program:
             if any(isinstance(each, TensorArgument) and each.name not in names for each in args):
                 call.signature = None
         return calls
-
-
-@attrs.frozen
-class _Input:
-    """An input of a program's graph, and the nodes that stand for it while rules are applied."""
-
-    name: str
-    meta: dict[str, Any]
-    nodes: list[fx.Node]
-
-
-def _flat(graph: fx.Graph, inputs: list[_Input]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of the graph that has its tensors as inputs, and which node became which."""
-    flat = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
-    for each in inputs:
-        node = flat.placeholder(each.name)
-        node.name = node.target = each.name  # FX would not have it named `input`, say
-        node.meta = each.meta
-        made.update(dict.fromkeys(each.nodes, node))
-    for node in graph.nodes:
-        is_tensor = node.op == "get_attr" and not node.users
-        if node not in made and not is_tensor:
-            made[node] = flat.node_copy(node, made.__getitem__)
-    return flat, made
 
 
 def _insert(tensors: dict[str, Any], target: str, value: Any) -> None:

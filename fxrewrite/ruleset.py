@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import attrs
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
 
 from .actions import Action
 from .declare import annotations_of, pattern_of, source_of
@@ -125,6 +127,8 @@ def _as_tuple(rules: Any) -> Any:
 class RuleSet:
     """An ordered, named group of rules; at each anchor the earlier ones are tried first.
 
+    Called with a graph module, it is a pass of `torch.fx`.
+
     >>> RuleSet("nothing", [], doc="No rules at all.").rules
     ()
     """
@@ -143,6 +147,25 @@ class RuleSet:
         names = [each.name for each in rules]
         if len(set(names)) < len(names):
             raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Apply the rules as a pass of `torch.fx.passes`.
+
+        >>> import fxrewrite as fxr
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+        >>> result = fxr.get_rule_set("conv_bn")(fx.symbolic_trace(model))
+        >>> result.modified, len(result.graph_module.graph.nodes)
+        (True, 3)
+
+        Args:
+            graph_module: is left as it is. The result has a new graph module if a rule was applied,
+                and this one otherwise.
+        """
+        from .api import rewrite  # which is made of rule sets itself
+
+        made, report = rewrite(graph_module, self)
+        return PassResult(made, True) if report.applied else PassResult(graph_module, False)
 
 
 def apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:

@@ -59,7 +59,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
     if isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model.graph), {}
+        return copy_of(model.graph), {}
     _refuse_compiled(model)
     leaves = tuple(leaf_modules)
     with _tracing:
@@ -73,6 +73,15 @@ def trace(
             return _traced(model, own)
         except TraceError:
             return _traced(model, _with_leaves(model, leaves, fx.Tracer))
+
+
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, whose nodes have the same names."""
+    copied = copy.deepcopy(graph)
+    for node, old in zip(copied.nodes, graph.nodes, strict=True):
+        if node.name != old.name:  # what a graph module has itself is a name that FX avoids
+            node.name = old.name
+    return copied
 
 
 def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, Any]]:
