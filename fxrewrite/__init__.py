@@ -13,6 +13,7 @@ from .errors import (
     ExpectationError,
     FxRewriteError,
     InputError,
+    LoadError,
     PatternError,
     RuleError,
     TraceError,
@@ -34,6 +35,7 @@ from .modules import (
 )
 from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
+from .restoring import load
 from .ruleset import Guard, Rule, RuleSet, rule
 from .steps import Call, Pattern, Step, Value
 from .verifying import Verification, verify
@@ -49,6 +51,7 @@ __all__ = [
     "Guard",
     "Guilty",
     "InputError",
+    "LoadError",
     "Localisation",
     "Pattern",
     "PatternError",
@@ -76,6 +79,7 @@ __all__ = [
     "get_submodule",
     "known_rank",
     "known_shape",
+    "load",
     "localise",
     "pattern",
     "pattern_of",

@@ -32,6 +32,10 @@ class ExpectationError(FxRewriteError, AssertionError):
     """A rewrite applied its rules another number of times than `expect` says."""
 
 
+class LoadError(FxRewriteError):
+    """A model or its weights can't be found, built or read, or do not go together."""
+
+
 class InputError(FxRewriteError):
     """The original model can't be run on the given inputs."""
 

@@ -6,25 +6,19 @@ import importlib
 import importlib.util
 import inspect
 import operator
-import pickle
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
-from .errors import FxRewriteError
+from .errors import LoadError
 from .modules import fresh_name
+from .restoring import read_state
 from .running import SEED
-
-
-class LoadError(FxRewriteError):
-    """What a command line names can't be found, built or read."""
 
 
 def build_model(spec: str) -> nn.Module:
@@ -62,34 +56,12 @@ def build_model(spec: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict into a model, by torch (`weights_only=True`) or, by suffix, safetensors.
-
-    A checkpoint that holds the state dict under the key `state_dict` will do too.
+    """Load a file of weights, as `read_state` reads it, into a model.
 
     Raises:
         LoadError: the file can't be read, or does not fit the model.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise LoadError(f"there is no weights file {path}") from error
-    except pickle.UnpicklingError as error:
-        raise LoadError(
-            f"weights file {path} is broken or holds more than tensors; save model.state_dict()"
-        ) from error
-    except Exception as error:
-        raise LoadError(
-            f"weights file {path} can't be read: {type(error).__name__}: {error}"
-        ) from error
-    if isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise LoadError(
-            f"weights file {path} holds no state dict but a value of type {type(state).__name__}"
-        )
+    state = read_state(path)
     try:
         model.load_state_dict(state)
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .loading import LoadError
+from .errors import LoadError
 from .running import SEED, called, cloned
 
 

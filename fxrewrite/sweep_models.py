@@ -12,8 +12,8 @@ import attrs
 import torch
 from torch import nn
 
-from .errors import FxRewriteError
-from .loading import LoadError, build_model
+from .errors import FxRewriteError, LoadError
+from .loading import build_model
 from .randomising import random_input
 from .running import SEED
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import rewrite
-from .errors import InputError, TraceError
-from .loading import LoadError
+from .errors import InputError, LoadError, TraceError
 from .randomising import randomise_batch_norms
 from .registry import get_rule_set
 from .ruleset import RuleSet

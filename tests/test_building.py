@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxrewrite.loading import LoadError, build_model
+from fxrewrite.errors import LoadError
+from fxrewrite.loading import build_model
 from fxrewrite.randomising import random_input, randomise_batch_norms
 from fxrewrite.running import run
 from fxrewrite.timing import time_in_turns
