@@ -100,8 +100,13 @@ def general(reason: str) -> str:
     >>> general("the output of conv (Conv2d) is also read by add (add()), which needs it as it is")
     'the output of a Conv2d is also read by add(), which needs it as it is'
     """
-    said = _DESCRIBED.sub(lambda m: m[1] if m[1].endswith(")") else f"a {m[1]}", reason)
+    said = _DESCRIBED.sub(_kind, reason)
     return " ".join(_SUBJECT.sub("it", _OF_THE_MODEL.sub(r"\1", said)).split())
+
+
+def _kind(described: re.Match[str]) -> str:
+    kind = described[1]
+    return kind if kind.endswith(")") else f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
 
 
 class Table:
