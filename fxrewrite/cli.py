@@ -9,7 +9,7 @@ from typing import cast
 from .errors import FxRewriteError, InputError, TraceError
 
 DONE, NOTHING_MATCHED, OUTPUTS_DIFFER, NOT_TRACEABLE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
-_EXTRA = ("typer", "rich", "safetensors")
+_EXTRA = ("typer", "rich")
 _LONGEST = 500
 
 

@@ -108,6 +108,8 @@ def read_state(path: Path) -> Mapping[str, torch.Tensor]:
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise LoadError("safetensors is missing; pip install safetensors") from error
     except FileNotFoundError as error:
         raise LoadError(f"there is no weights file {path}") from error
     except pickle.UnpicklingError as error:

@@ -322,7 +322,7 @@ def test_a_model_that_cannot_be_saved_leaves_no_file(
     assert [x for x in sorted(folder.iterdir()) if x.name != "__pycache__"] == before
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "safetensors"])
+@pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
@@ -334,3 +334,15 @@ def test_without_the_extra(
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["rules"]) == 4
     assert capsys.readouterr().err == f"error: {missing} is missing; pip install 'fxrewrite[cli]'\n"
+
+
+def test_a_safetensors_file_without_safetensors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """It is needed for such a file only, and missing that, one line says so."""
+    for name in list(sys.modules):
+        if name.startswith("safetensors."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["run", "models.py:net", *SMALL, "--weights", "broken.safetensors"]) == 4
+    assert capsys.readouterr().err == "error: safetensors is missing; pip install safetensors\n"
