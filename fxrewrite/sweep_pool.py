@@ -52,6 +52,8 @@ def examine_all(
         bounds: beyond these a process is killed.
         jobs: how many run at a time.
     """
+    # Libraries may make locks in the server, which ends without giving them back; nothing is lost.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
