@@ -17,6 +17,7 @@ from .errors import (
     PatternError,
     RuleError,
     TraceError,
+    UnknownNameError,
     UnknownRuleSetError,
     VerificationError,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Step",
     "TensorCheck",
     "TraceError",
+    "UnknownNameError",
     "UnknownRuleSetError",
     "Value",
     "Verification",

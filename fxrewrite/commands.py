@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from .api import rewrite
+from .api import localise, rewrite
 from .cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from .errors import FxRewriteError, TraceError, UnknownRuleSetError
+from .explaining import explain_command
 from .loading import build_model, load_weights
+from .options import DEFAULT_RULES, Json, Model, RuleNames, make_console, progress_bar, rule_sets_of
 from .randomising import random_input, randomise_batch_norms
 from .registry import get_rule_set, rule_set_names
 from .report import Report
@@ -35,11 +37,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_DEFAULT_RULES = ["conv_bn"]
 _DEFAULT_INPUTS = ["1,3,224,224"]
 _LABEL_WIDTH = 9
 
 
+app.command("explain")(explain_command)
 app.command("sweep")(sweep_command)
 
 
@@ -49,12 +51,8 @@ class SaveError(FxRewriteError):
 
 @app.command("run")
 def run_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:callable or file.py:callable.")
-    ],
-    rules: Annotated[
-        list[str], typer.Option(metavar="NAMES", help="Rule sets, comma-separated or repeated.")
-    ] = _DEFAULT_RULES,
+    model: Model,
+    rules: RuleNames = DEFAULT_RULES,
     shapes: Annotated[
         list[str],
         typer.Option(
@@ -71,7 +69,7 @@ def run_command(
         Path | None,
         typer.Option(metavar="FILE", help="Where to save the rewritten model, once verified."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where no rule applies.")] = False,
 ) -> int:
     """Rewrite a model, verify it against the original, and time both."""
@@ -80,11 +78,10 @@ def run_command(
     stdout = sys.stdout
     # What the model's own code prints is no part of the JSON.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        console = _console(quiet=as_json)
+        console = make_console(quiet=as_json)
         original = build_model(model)
         # The file of the model may register rule sets, so these are looked up after it ran.
-        names = ",".join(rules).split(",")
-        rule_sets = [get_rule_set(name.strip()) for name in names]
+        rule_sets = rule_sets_of(rules)
         inputs = tuple(random_input(each, original) for each in shapes)
         given = [f"{','.join(map(str, x.shape))}:{short(x.dtype)}" for x in inputs]
         console.print(Text.assemble((model, "bold"), f" on {' and '.join(given)}"))
@@ -112,7 +109,7 @@ def run_command(
 @app.command("rules")
 def rules_command() -> int:
     """List the registered rule sets, their rules and patterns."""
-    console = _console()
+    console = make_console()
     for name in rule_set_names():
         try:
             rule_set = get_rule_set(name)
@@ -143,10 +140,17 @@ def _rewrite_and_measure(
     if strict and not report.applied:
         _say(console, "failed", "no rule applied, and --strict is given", "bold red")
         return NOTHING_MATCHED
-    verification = verify(original, rewritten, inputs)
-    record["verification"] = verification.to_dict()
+    with progress_bar() as progress:
+        verification = verify(original, rewritten, inputs, progress=progress)
+        record["verification"] = verification.to_dict()
+        record["guilty"] = []
+        if not verification.same:
+            found = localise(original, rule_sets, inputs, inputs, progress=progress)
+            record["guilty"] = [str(each) for each in found.guilty]
     if not verification.same:
         _say(console, "differs", str(verification), "bold red")
+        for guilty in record["guilty"]:
+            _say(console, "to blame", guilty, "bold red")
         return OUTPUTS_DIFFER
     _say(console, "verified", str(verification), "bold green")
     if out is not None:
@@ -189,11 +193,6 @@ def _save(module: nn.Module, out: Path) -> None:
         raise SaveError(f"--out {out}: the model can't be saved: {error}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def _console(*, quiet: bool = False) -> Console:
-    # Wrapping is the terminal's affair: in a pipe it would break names.
-    return Console(quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _say(console: Console, label: str, text: str, style: str) -> None:

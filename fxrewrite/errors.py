@@ -20,6 +20,10 @@ class UnknownRuleSetError(FxRewriteError, LookupError):
     """No rule set of the given name is registered."""
 
 
+class UnknownNameError(FxRewriteError, LookupError):
+    """A report is asked of a module or node that the model does not have."""
+
+
 class TraceError(FxRewriteError):
     """The model can't be traced into a graph."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
 
-from .errors import ExpectationError
+from .errors import ExpectationError, UnknownNameError
 from .renaming import Became
 from .sites import Miss, in_one_line
 
@@ -146,7 +147,7 @@ class Report:
                 anchors inside it.
 
         Raises:
-            LookupError: the model has nothing of that name.
+            UnknownNameError: the model has nothing of that name.
         """
         known = self.modules.get(name, name)
         found = list(self.findings)
@@ -158,7 +159,9 @@ class Report:
         if found:
             return "\n".join(str(each) for one in found for each in (one, *one.others))
         if name not in self.modules and name not in self.nodes:
-            raise LookupError(f"the model has no module and the report no node named {name!r}")
+            near = difflib.get_close_matches(name, sorted({*self.modules, *self.nodes}))
+            hint = f"; there are {', '.join(near)}" if near else ""
+            raise UnknownNameError(f"the model has no module and no node named {name!r}{hint}")
         kind = "module" if name in self.modules else "node"
         return f"{name}: no rule looks for a {kind} of this kind, and no match includes it"
 

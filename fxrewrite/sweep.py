@@ -14,13 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from .cli import DONE, NOT_TRACEABLE, OUTPUTS_DIFFER
+from .options import DEFAULT_RULES, RuleNames
 from .registry import get_rule_set
 from .sweep_models import subjects
 from .sweep_one import Settings
 from .sweep_pool import Bounds, examine_all
 from .sweep_row import WELL, Row, Table
-
-_DEFAULT_RULES = ["conv_bn"]
 
 
 def sweep_command(
@@ -37,9 +36,7 @@ def sweep_command(
             metavar="FILE", help="Where the rows go, .jsonl or .csv; sweep-SOURCE.jsonl by default."
         ),
     ] = None,
-    rules: Annotated[
-        list[str], typer.Option(metavar="NAMES", help="Rule sets, comma-separated or repeated.")
-    ] = _DEFAULT_RULES,
+    rules: RuleNames = DEFAULT_RULES,
     patterns: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="GLOB", help="Only models of such a name; repeatable."),

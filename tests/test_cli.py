@@ -251,6 +251,8 @@ def test_a_rule_that_is_slightly_wrong_is_found_out(
     [tensor] = data["verification"]["tensors"]
     assert code == 2
     assert not data["verification"]["same"]
+    [guilty] = data["guilty"]
+    assert re.match(r"rule 'forgets_eps' \(.*models.py:\d+\) at 0 -> 1, which became 0", guilty)
     assert tensor["original_error"] < tensor["limit"] < tensor["rewritten_error"] < 1e-4
     assert data["timing"] is data["saved"] is None
     assert not (folder / "out.pt").exists()
