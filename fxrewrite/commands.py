@@ -19,7 +19,7 @@ from torch import nn
 from .api import localise, rewrite
 from .cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from .errors import FxRewriteError, TraceError, UnknownRuleSetError
-from .explaining import explain_command
+from .explain import explain_command
 from .loading import build_model, load_weights
 from .options import DEFAULT_RULES, Json, Model, RuleNames, make_console, progress_bar, rule_sets_of
 from .randomising import random_input, randomise_batch_norms
