@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .dialects import SPELLINGS
 from .inheriting import overridden
 from .view import GraphView
 
@@ -58,6 +59,10 @@ class Effects:
         self.written_tensors = {
             id(view.attribute(each)) for each in self.written_values if each.op == "get_attr"
         }
+        # What a layer updates in training mode may be read by another one, in eval mode.
+        called = (view.module(node) for node in view.graph.nodes)
+        training = (module for module in called if module is not None and module.training)
+        self.written_tensors.update(id(each) for module in training for each in module.buffers())
 
     def note(self, node: fx.Node) -> None:
         """Note a new node, or one that calls something else now."""
@@ -116,6 +121,10 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
         inputs = view.inputs(node)
         return [inputs[name] for name in _mutable_arguments(target) if name in inputs]
     written: list[fx.Node] = []
+    if target in SPELLINGS:  # a functional batch norm in training mode updates its statistics
+        inputs = view.inputs(node)
+        updated = SPELLINGS[target].meaning.updates(view.arguments(node))
+        written += [inputs[name] for name in updated if name in inputs]
     fx.node.map_arg(node.kwargs.get("out"), written.append)
     if _writes_first_argument(target) or (
         _has_inplace_argument(target) and view.arguments(node).get("inplace")

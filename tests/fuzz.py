@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import attrs
 import torch
 from hypothesis import reject
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from fxrewrite.testing import Case, graph_module, random_tensor, randomise, written
@@ -30,7 +31,9 @@ def handed_on(x: Any) -> Any:
 
 
 # What tracing keeps as one node each.
-WRAPPED = {"doubled": doubled, "handed_on": handed_on}
+fx.wrap("doubled")
+fx.wrap("handed_on")
+THIS = {"this": sys.modules[__name__]}
 
 
 @st.composite
@@ -195,8 +198,8 @@ class Block:
             "{}.clone()",
             "{}.detach()",
             "{}.to({}.dtype)",
-            "doubled({})",
-            "handed_on({})",
+            "this.doubled({})",
+            "this.handed_on({})",
             "F.dropout({}, 0.5, self.training)",
             "torch.unbind(torch.stack([{}, {}]))[1]",
             "{}.transpose(0, 1).transpose(0, 1)",
@@ -284,7 +287,7 @@ class Block:
             ("{{'a': {0}, 'b': [{1}, {0}]}}", "['a']"), ("({1}, ({0}, None))", "[1][0]"),
         )  # fmt: skip
         lines = [*self.lines, f"return {returned.format(first, second)}"]
-        made = written(self.members, lines, ", ".join(self.inputs), WRAPPED)
+        made = written(self.members, lines, ", ".join(self.inputs), THIS)
         made.takes, made.inputs = takes, self.inputs  # type: ignore[assignment]
         return made
 

@@ -1,8 +1,10 @@
 """Writes in place and shared storage, as the engine sees them and as torch does them."""
 
+import copy
 import operator
 from typing import Any
 
+import nets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -338,3 +340,25 @@ def test_a_constant_that_the_forward_writes_to_is_no_constant():
     assert [each.reason for each in report.refused] == [
         "mul (mul()) reads gain, which the model writes to"
     ]
+
+
+@pytest.mark.parametrize("into", ["graph", "modules"])
+@pytest.mark.parametrize("by", ["a function", "a layer"])
+def test_statistics_that_something_else_updates_are_no_constants(by, into):
+    """Running statistics that a call in training mode updates are not folded where others read."""
+
+    def forward(m, x):
+        if by == "a function":
+            F.batch_norm(x, m.bn.running_mean, m.bn.running_var, training=True)
+        else:
+            m.other(x)
+        return m.bn(m.conv(x))
+
+    model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn(), other=nets.bn()).double()
+    model.other.running_mean = model.bn.running_mean
+    model.other.train(by == "a layer")
+    made, report = fxr.rewrite(model, "conv_bn", into=into)
+    assert "holds running_mean, which the model writes to" in report.why("bn")
+    expected = copy.deepcopy(model)
+    for _ in range(2):
+        torch.testing.assert_close(made(nets.X), expected(nets.X))

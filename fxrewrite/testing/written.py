@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -43,7 +43,7 @@ def written(
     members: Mapping[str, Any],
     lines: Sequence[str],
     inputs: str = "x",
-    functions: Mapping[str, Callable[..., Any]] | None = None,
+    functions: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A model of these members whose forward is these lines of Python.
 
@@ -56,10 +56,10 @@ def written(
             are made where there are none.
         lines: the body of the forward; it sees `self`, the inputs, `torch`, `nn`, `F`, `operator`.
         inputs: the forward's parameters, as they are written.
-        functions: further functions by the name that the lines call them by; tracing keeps each
-            as one node.
+        functions: further functions, or modules of Python, by the name that the lines have for
+            them; tracing keeps such a function as one node.
     """
-    wrapped = [f"torch.fx.wrap({name!r})" for name in functions or ()]
+    wrapped = [f"torch.fx.wrap({k!r})" for k, each in (functions or {}).items() if callable(each)]
     body = "".join(f"    {line}\n" for line in lines)
     code = f"def forward(self, {inputs}):\n{body}"
     namespace = {**_NAMESPACE, **(functions or {})}
