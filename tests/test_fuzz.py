@@ -14,10 +14,11 @@ import fxrewrite as fxr
 from fxrewrite.copying import NotCopiedError
 from fxrewrite.testing import Case, check_model
 
-TIMES = 10
+# The long profile, by hand: pytest --hypothesis-profile=long tests/test_fuzz.py
+MODELS = 20_000 if settings.get_current_profile_name() == "long" else 100
 
 
-@settings(max_examples=settings().max_examples * TIMES)
+@settings(max_examples=MODELS)
 @given(
     fuzz.cases(), st.sampled_from([None, None, "modules"]), st.integers(0, 3).map(lambda n: n == 3)
 )
