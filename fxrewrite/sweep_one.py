@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import rewrite
 from .errors import InputError, LoadError, TraceError
+from .nested import mapped
 from .randomising import randomise_batch_norms
 from .registry import get_rule_set
 from .ruleset import RuleSet
-from .running import run, short
+from .running import run, short, widened
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted
 from .verifying import Verification, verify
@@ -115,7 +116,7 @@ def _in_float64(
 ) -> dict[str, Any]:
     """Whether a difference in float32 is one in float64, too, where rounding hardly shows."""
     wide = copy.deepcopy(model).double()
-    wide_inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    wide_inputs = mapped(widened, inputs)
     try:
         verification = verify(wide, rewrite(wide, rule_sets, wide_inputs)[0], wide_inputs)
     except InputError as error:
