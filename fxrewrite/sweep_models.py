@@ -143,8 +143,12 @@ def _from_torchvision(name: str) -> nn.Module:
     given: dict[str, Any] = {}
     if "weights_backbone" in inspect.signature(make).parameters:
         given["weights_backbone"] = None
-    if _category_of(make) == "detection" and "ssd" not in name:
-        given |= {"min_size": 128, "max_size": 128}
+    if _category_of(make) == "detection":
+        # With random weights nothing scores above the usual thresholds, and the output is empty.
+        prefix = "box_" if "rcnn" in name else ""
+        given |= {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": 10}
+        if "ssd" not in name:
+            given |= {"min_size": 128, "max_size": 128}
     made: nn.Module = make(weights=None, **given)
     return made
 
