@@ -9,6 +9,7 @@ stands in docs/zoo.md above the marker is written by hand, and kept.
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ MARKER = "<!-- What follows is written by docs/make_zoo.py. -->\n"
 PACKAGES = (
     "torch torchvision timm transformers segmentation_models_pytorch ultralytics numpy".split()
 )
+LIBRARIES = ("torchvision", "timm")
 NUMBERS = ("batch_norms", "anchors", "applied", "refused", "missed")
 
 
@@ -71,7 +73,7 @@ def versions() -> Iterator[str]:
 def library(row: Row) -> str:
     """The heading that a row belongs under."""
     name, slash, _ = row.model.partition("/")
-    return name if slash and name in ("torchvision", "timm") else "other libraries"
+    return name if slash and name in LIBRARIES else "other libraries"
 
 
 def outcomes(rows: list[Row]) -> Iterator[str]:
@@ -130,7 +132,7 @@ def reasons(rows: list[Row]) -> Iterator[str]:
         for each in row.reasons:
             key = each["outcome"], each["reason"]
             counts[key] += each["count"]
-            examples.setdefault(key, f"{row.model}: {each['example']}")
+            examples.setdefault(key, f"{short(row)}: {each['example']}")
     cells = [
         (count, outcome, reason, examples[outcome, reason])
         for (outcome, reason), count in counts.most_common()
@@ -143,8 +145,7 @@ def odd(rows: list[Row]) -> Iterator[str]:
     told = [
         row for row in rows if row.outcome not in WELL or (row.outcome == "same" and row.detail)
     ]
-    short = {row.key: Path(row.model).name if library(row) != "timm" else row.model for row in told}
-    cells = [(short[row.key], f"`{row.rules}`", row.outcome, row.detail) for row in told]
+    cells = [(short(row), f"`{row.rules}`", row.outcome, row.detail) for row in told]
     yield from table(("model", "rules", "outcome", "detail"), cells) if cells else ["None."]
 
 
@@ -163,6 +164,11 @@ def not_run(rows: list[Row]) -> Iterator[str]:
     for (name, rules), names in sorted(ran.items()):
         if left := everything.get(name, set()) - names:
             yield f"- {name}, `{rules}`: {len(left)} of {len(everything[name])} were not reached."
+
+
+def short(row: Row) -> str:
+    """A model's name without the folder of the file that builds it."""
+    return row.model if library(row) in LIBRARIES else Path(row.model).name
 
 
 def sums(rows: Iterable[Row]) -> list[int]:
@@ -186,7 +192,7 @@ def table(heads: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[s
 
 def escaped(cell: object) -> str:
     """A cell's text, in which nothing ends it."""
-    text = f"{cell:,}" if isinstance(cell, int) else str(cell)
+    text = f"{cell:,}" if isinstance(cell, int) else re.sub(r"\S+/site-packages/", "", str(cell))
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
