@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,3 +155,39 @@ def test_models_of_ones_own() -> None:
     wrong = fxr.rule(pattern=fxr.chain(act=nn.Tanh), name="wrong")(lambda m: fxr.Bypass())
     with pytest.raises(UnsoundError, match="output 0 is off by"):
         check_rule(wrong, nn.Sequential(nn.Tanh()).eval(), torch.ones(2, 3), must_apply=False)
+
+
+@fxr.pattern
+class OneLinear:
+    linear: nn.Linear
+
+
+@fxr.pattern
+class SumOfTwo:
+    left: OneLinear
+    right: OneLinear
+    join: fxr.Call = fxr.call(operator.add, torch.add, "add")
+
+
+def adds_alike(m: SumOfTwo) -> str | None:
+    one, two = m.left.linear, m.right.linear
+    return "they differ" if m.join.kwargs or one.weight.shape != two.weight.shape else None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.usefixtures("_first_found")
+def test_a_pattern_with_branches(wrong: bool) -> None:
+    """Models are drawn around branches, too, and tell a right rule from a wrong one."""
+
+    @fxr.rule(where=[adds_alike])
+    def merge(m: SumOfTwo) -> fxr.Replace:
+        one, two = m.left.linear, m.right.linear
+        biases = [each.bias for each in (one, two) if each.bias is not None]
+        bias = None if not biases else biases[0] if wrong else sum(biases)
+        return fxr.Replace(fxr.evolve(one, weight=one.weight + two.weight, bias=bias))
+
+    if not wrong:
+        check_rule(merge)
+        return
+    with pytest.raises(UnsoundError, match="the outputs stay the same"):
+        check_rule(merge)

@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxrewrite.declare import pattern_of
 from fxrewrite.steps import Pattern, Step
 
-from .drafts import REFUSALS, Draft, Placed, place
+from .drafts import REFUSALS, Draft, Placed, join, place
 from .layers import ANY_RANK, kinds_of, maker_of, ranks_of
 from .observing import run
 from .situations import AFTERWARDS, WHILE_WRITING
@@ -41,9 +41,10 @@ def models_around(draw: st.DrawFn, pattern: type[Any] | Pattern, *, plain: bool 
     declared = pattern if isinstance(pattern, Pattern) else pattern_of(pattern)
     draft = Draft(draw)
     steps = _present(draw, declared)
-    value = first = draft.input(_shape(draw, steps), indices=_reads_indices(steps[0]))
+    start = _first_steps(draw, declared) if declared.branches else steps
+    value = first = draft.input(_shape(draw, start), indices=_reads_indices(start[0]))
     prefix = draw(st.sampled_from(["", "", "", "block.", "block.deep."]))
-    chain = write_chain(draft, steps, value, prefix)
+    chain = write_pattern(draft, declared, value, prefix, steps)
     draft.outputs = [chain[-1].makes]
     if not plain:
         for situation in draw(st.lists(st.sampled_from(WHILE_WRITING), max_size=2)):
@@ -71,6 +72,36 @@ def write_chain(draft: Draft, steps: Sequence[Step], value: str, prefix: str = "
         chain.append(place(draft, step, value, prefix))
         value = chain[-1].makes
     return chain
+
+
+def write_pattern(
+    draft: Draft,
+    pattern: Pattern,
+    value: str,
+    prefix: str = "",
+    steps: Sequence[Step] | None = None,
+) -> list[Placed]:
+    """Write the branches of a pattern, what joins them, and its further steps."""
+    steps = _present(draft.draw, pattern) if steps is None else steps
+    if not pattern.branches:
+        return write_chain(draft, steps, value, prefix)
+    ends: list[str] = []
+    before: list[Placed] = []
+    for branch in pattern.branches:
+        end = value
+        if not branch.optional or draft.draw(st.booleans()):
+            before += write_pattern(draft, branch.pattern, value, f"{prefix}{branch.name}_")
+            end = before[-1].makes
+        ends.append(end)
+    joined = join(draft, steps[0], ends)
+    return [*before, joined, *write_chain(draft, steps[1:], joined.makes, prefix)]
+
+
+def _first_steps(draw: st.DrawFn, pattern: Pattern) -> list[Step]:
+    """The steps of the first branch that is always there, down to a chain."""
+    while pattern.branches:
+        pattern = next(each.pattern for each in pattern.branches if not each.optional)
+    return [step for step in pattern.steps if not step.optional]
 
 
 def graph_module(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.GraphModule:

@@ -139,6 +139,22 @@ def place(draft: Draft, step: Step, value: str, prefix: str = "") -> Placed:
     return Placed(step, value, draft.write(call), "")
 
 
+def join(draft: Draft, step: Step, values: list[str]) -> Placed:
+    """Write the call that joins the ends of branches."""
+    target = draft.draw(st.sampled_from([*step.functions, *step.methods, *step.modules]))
+    # The second argument may be named first, as the branches of `other - input` would be.
+    order = values[::-1] if isinstance(step.chain, tuple) and step.chain[0] != "input" else values
+    module = ""
+    if isinstance(target, str):
+        call = f"{order[0]}.{target}({', '.join(order[1:])})"
+    elif target in step.modules:
+        module = draft.member(step.name, draft.draw(modules(target, draft.shape(values[0]))))
+        call = f"self.{module}({', '.join(order)})"
+    else:
+        call = f"{draft.spelt(target)}({', '.join(order)})"
+    return Placed(step, values[0], draft.write(call), module)
+
+
 def _arguments(
     draft: Draft, step: Step, target: Any, value: str
 ) -> tuple[list[str], dict[str, str]]:
