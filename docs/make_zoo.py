@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 from torchvision import models
 
-from fxrewrite.sweep_row import WELL, Row, Table
+from fxrewrite.sweep_row import WELL, Row, Table, general
 
 PAGE = Path(__file__).parent / "zoo.md"
 MARKER = "<!-- What follows is written by docs/make_zoo.py. -->\n"
@@ -130,7 +130,7 @@ def reasons(rows: list[Row]) -> Iterator[str]:
     examples: dict[tuple[str, str], str] = {}
     for row in rows:
         for each in row.reasons:
-            key = each["outcome"], each["reason"]
+            key = each["outcome"], general(each["reason"])  # older rows may not be
             counts[key] += each["count"]
             examples.setdefault(key, f"{short(row)}: {each['example']}")
     cells = [

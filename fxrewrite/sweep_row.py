@@ -21,10 +21,11 @@ Outcome = Literal[
 ]
 WELL: tuple[Outcome, ...] = ("same", "left alone")
 
-# In a reason, what is named after one model: `layer1_0_relu (ReLU)`, `the model's input 'x'`, and
-# the module that a sentence begins with.
+# In a reason, what is named after one model: `layer1_0_relu (ReLU)`, `the model's input 'x'`, a
+# line of its source, and the module that a sentence begins with.
 _DESCRIBED = re.compile(r"\S+ \(([\w.]+(?:\(\))?)\)")
 _OF_THE_MODEL = re.compile(r"(the model's (?:input|attribute)) [^\s,]+")
+_PLACE = re.compile(r", at \S+:\d+: .*")
 _SUBJECT = re.compile(r"^\S+(?= (?:is|carries|holds|has) )")
 
 
@@ -100,7 +101,7 @@ def general(reason: str) -> str:
     >>> general("the output of conv (Conv2d) is also read by add (add()), which needs it as it is")
     'the output of a Conv2d is also read by add(), which needs it as it is'
     """
-    said = _DESCRIBED.sub(_kind, reason)
+    said = _DESCRIBED.sub(_kind, _PLACE.sub("", reason))
     return " ".join(_SUBJECT.sub("it", _OF_THE_MODEL.sub(r"\1", said)).split())
 
 

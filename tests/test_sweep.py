@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fxrewrite.cli import main
 from fxrewrite.sweep_models import Subject, subjects
-from fxrewrite.sweep_row import Row, Table, TableError
+from fxrewrite.sweep_row import Row, Table, TableError, general
 
 MODELS = """
 import os, signal, time
@@ -278,3 +278,15 @@ def test_bad_usage_is_one_line(
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_reason_is_the_same_in_each_model() -> None:
+    """Names, and the line of the source that stopped tracing, are left out of what is counted."""
+    said = (
+        "no call of it could be traced: tracing stopped in a.b (Layer), at /x/y.py:56: h = int(x)"
+    )
+    assert general(said) == "no call of it could be traced: tracing stopped in a Layer"
+    assert general("it reads the model's input 'x', not a Conv2d") == (
+        "it reads the model's input, not a Conv2d"
+    )
+    assert general("stem.0 is in training mode") == "it is in training mode"
