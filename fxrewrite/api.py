@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
-import attrs
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .applying import apply
-from .copying import copied
-from .destination import IntoGraph, IntoModules
 from .errors import InputError
-from .exported import Program
 from .localising import Localisation, Rewrite, check_rewrite, localised
 from .registry import Rules, resolve
 from .replaying import Script
 from .report import Report
-from .result import graph_module
-from .ruleset import RuleSet, apart
-from .shapes import record_shapes
-from .tracing import LeafModules, checked_leaves, trace
+from .rewriting import Into, Rewriter
+from .ruleset import apart
+from .tracing import LeafModules
 from .verifying import Progress
-from .view import GraphView
-
-Into = Literal["graph", "modules"]
 
 
 def rewrite(
@@ -57,7 +47,9 @@ def rewrite(
         example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
             need shapes or dtypes learn them from it; nothing is computed.
         into: "graph" gives a GraphModule. "modules" gives a copy of the model, same class,
-            attributes and forward code, in which new modules stand where old ones stood.
+            attributes and forward code, in which new modules stand where old ones stood; it
+            needs only parts of the model to be traceable. By default "graph" where the whole model
+            can be traced, and else "modules"; `report.into` says which.
         expect: how often rules or rule sets, by name, must apply.
         verify: inputs, in one of the forms that `verify` takes, or True for the example inputs. The
             result is verified against the model, and where they differ, the sites that are to
@@ -68,7 +60,9 @@ def rewrite(
             that the rules name are kept whole anyway.
 
     Raises:
-        TraceError: the model can't be traced.
+        TraceError: the model can't be traced as a whole, and into is "graph".
+        NotCopiedError: the model holds something that no copy of it can have, and into is not
+            "graph".
         RuleError: a rule raised, changed what it was given, returned the wrong thing, or rules
             feed each other forever. The model is as it was.
         UnknownRuleSetError: no rule set has the given name.
@@ -82,7 +76,7 @@ def rewrite(
         raise ValueError("an exported program has no modules; it can't be rewritten into='modules'")
     if verify is True and example_inputs is None:
         raise InputError("verify=True takes the example inputs, and there are none; give them")
-    rewriter = _Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
+    rewriter = Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
     script = Script()
     made, report = rewriter(model, example_inputs, script)
     report.check(expect or {})
@@ -152,7 +146,7 @@ def localise(
         InputError: the model raises on these inputs.
         FxRewriteError: what `rewrite` raises.
     """
-    rewriter = _Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
+    rewriter = Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
     script = Script()
     made, _ = rewriter(model, example_inputs, script)
     rewrite = Rewrite(model, made, script, example_inputs, rewriter)
@@ -170,43 +164,3 @@ def fuse(model: nn.Module, into: Into | None = None) -> Any:
     )
     """
     return rewrite(model, "conv_bn", into=into)[0]
-
-
-@attrs.frozen
-class _Rewriter:
-    """By which rules to rewrite, into what, and how to trace."""
-
-    rule_sets: Sequence[RuleSet]
-    into: Into | None
-    tracer: fx.Tracer | type[fx.Tracer] | None
-    leaf_modules: LeafModules
-
-    def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
-        """The rewritten model and the report; what is asked and done is in the script."""
-        named = [
-            kind
-            for each in self.rule_sets
-            for rule in each.rules
-            for kind in rule.pattern.module_types
-        ]
-        leaves = (*named, *checked_leaves(self.leaf_modules))
-        # Weights made under inference mode could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            if isinstance(model, ExportedProgram):
-                program = Program(model)
-                view = program.view()
-                applied = apply(view, self.rule_sets, program, script)
-                made: Any = program.finished(view)
-                return made, applied.report(model, made, "graph")
-            view = GraphView(model, *trace(model, leaves, self.tracer))
-            if example_inputs is not None:
-                record_shapes(graph_module(view), _as_tuple(example_inputs))
-            tree = IntoModules(view) if self.into == "modules" else None
-            applied = apply(view, self.rule_sets, tree or IntoGraph(), script)
-            made = copied(model, tree.replaced()) if tree else graph_module(view)
-        return made, applied.report(model, made, self.into or "graph")
-
-
-def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    is_many = isinstance(example_inputs, tuple | list)
-    return tuple(example_inputs) if is_many else (example_inputs,)

@@ -1,4 +1,4 @@
-"""Apply rules to a graph view, from lifting to lowering, and account for all of it."""
+"""Apply rules to graph views, from lifting to lowering, and account for all of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import attrs
 
 from .destination import Destination
 from .engine import Engine
+from .explaining import Stop
 from .lifting import Lifting
 from .lowering import lower
-from .reach import not_lifted, out_of_reach
+from .reach import is_anchor, not_lifted, out_of_reach
 from .renaming import renamed
 from .replaying import Script
 from .report import Finding, Report
@@ -21,7 +22,7 @@ from .view import GraphView
 
 @attrs.frozen
 class Applied:
-    """What rules did to a view, from which a report is made once there is a result."""
+    """What rules did to views, from which a report is made once there is a result."""
 
     rule_sets: Sequence[RuleSet]
     findings: tuple[Finding, ...]
@@ -29,6 +30,7 @@ class Applied:
     nodes: frozenset[str]
     names: Mapping[str, str]
     became: Mapping[str, str]
+    stops: tuple[Stop, ...] = ()
 
     @property
     def is_change(self) -> bool:
@@ -36,14 +38,20 @@ class Applied:
         return any(finding.outcome == "applied" for finding in self.findings)
 
     def report(self, model: Any, made: Any, into: str) -> Report:
-        """The report of the rewrite of a model into what was made of the view."""
+        """The report of the rewrite of a model into what was made of the views."""
         names: dict[str, dict[str, None]] = {}
         for each in self.rule_sets:
             names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
         of_sets = {name: tuple(rules) for name, rules in names.items()}
-        parameters = renamed(model, made, self.became)
         return Report(
-            self.findings, of_sets, self.names, self.nodes, self.bystanders, into, parameters
+            self.findings,
+            of_sets,
+            self.names,
+            self.nodes,
+            self.bystanders,
+            into,
+            self.stops,
+            renamed(model, made, self.became),
         )
 
 
@@ -51,17 +59,52 @@ def apply(
     view: GraphView, rule_sets: Sequence[RuleSet], destination: Destination, script: Script
 ) -> Applied:
     """Edit the view's graph as the rules say; what is asked and done is in the script."""
+    return apply_to_parts(view.modules, {view: destination}, rule_sets, script)
+
+
+def apply_to_parts(
+    modules: Mapping[str, Any],
+    views: Mapping[GraphView, Destination],
+    rule_sets: Sequence[RuleSet],
+    script: Script,
+    stops: Sequence[Stop] = (),
+) -> Applied:
+    """Edit the graphs of a model's parts, each with its destination, as the rules say.
+
+    `modules` are all of the model by qualified name, and `stops` what of it could not be traced.
+    """
     rules = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
-    nodes = frozenset(node.name for node in view.graph.nodes)
-    lifting = Lifting(view, rules)
-    owners = lifting.owners
-    not_called = out_of_reach(view, rules, owners)
-    engine = Engine(view, rules, destination, script)
-    findings = (*engine.run(), *not_lifted(lifting, rules), *not_called)
-    bystanders = engine.bystanders()
-    lowered = lower(view, lifting)
+    nodes = frozenset(node.name for view in views for node in view.graph.nodes)
+    liftings = {view: Lifting(view, rules) for view in views}
+    owners = {owner: name for each in liftings.values() for owner, name in each.owners.items()}
+    not_called = out_of_reach(modules, list(views), rules, stops, owners)
+    findings: list[Finding] = []
+    bystanders: dict[str, Any] = {}
+    lowered: dict[str, str] = {}
+    for view, destination in views.items():
+        engine = Engine(view, rules, destination, script)
+        findings += (*engine.run(), *not_lifted(liftings[view], rules))
+        bystanders |= engine.bystanders()
+        lowered |= lower(view, liftings[view])
+    findings += not_called
     became = {name: each.became for each in findings if each.became for _, name in each.steps}
     # From the layer whose tensors a call reads to that call, and from there back to a layer.
     ends = {*lowered.values()}
     became = {k: v for k, v in {**owners, **became}.items() if k not in ends} | lowered
-    return Applied(rule_sets, findings, bystanders, nodes, {**view.aliases, **owners}, became)
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(each), name) for name, each in modules.items()}
+
+    def with_anchors(stop: Stop) -> Stop:
+        inside = modules[stop.name].modules()
+        count = sum(any(is_anchor(each, rule) for rule in rules) for each in inside)
+        return attrs.evolve(stop, anchors=count)
+
+    return Applied(
+        rule_sets,
+        tuple(findings),
+        bystanders,
+        nodes,
+        {**names, **owners},
+        became,
+        tuple(map(with_anchors, stops)),
+    )

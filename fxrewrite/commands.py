@@ -167,7 +167,11 @@ def _rewritten(
     original: nn.Module, rule_sets: Sequence[RuleSet], inputs: Any
 ) -> tuple[nn.Module, Report]:
     try:
-        return rewrite(original, rule_sets, inputs)
+        rewritten, report = rewrite(original, rule_sets, inputs)
+        if report.stops and not report.nodes:
+            first = report.stops[0]
+            raise TraceError(f"nothing could be traced; it stopped in {first.where}: {first}")
+        return rewritten, report
     except TraceError:
         raise
     except FxRewriteError:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from .explaining import Stop
 from .lifting import Lifting
+from .modules import _parent_name
 from .report import Finding
 from .ruleset import Rule
 from .sites import describe
@@ -13,38 +17,49 @@ from .soundness import has_hooks
 from .view import GraphView
 
 
-def out_of_reach(
-    view: GraphView, rules: Sequence[Rule[Any]], owners: Iterable[str] = ()
-) -> list[Finding]:
-    """A finding for each module of an anchor's type that no node of the graph calls.
+def is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
+    """Whether a module is of the kind that a rule looks for first."""
+    return isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules)
 
-    `owners` are modules that are accounted for, since functional calls are given their tensors.
+
+def out_of_reach(
+    modules: Mapping[str, nn.Module],
+    views: Sequence[GraphView],
+    rules: Sequence[Rule[Any]],
+    stops: Sequence[Stop] = (),
+    owners: Iterable[str] = (),
+) -> list[Finding]:
+    """A finding for each module of an anchor's type that no node of the graphs calls.
+
+    Args:
+        modules: all modules of the model by qualified name.
+        views: the graphs of the model, or of its parts.
+        rules: the rules.
+        stops: what could not be traced.
+        owners: modules that are accounted for, since functional calls are given their tensors.
     """
-    called = {id(view.modules[name]) for name in owners if name}
+    called = {id(modules[name]) for name in owners if name}
     inside: dict[int, str] = {}
-    for node in view.graph.nodes:
-        module = view.module(node)
-        if module is not None:
-            called.add(id(module))
-            if module._modules:
-                hook = has_hooks(module)
-                because = f", since it carries {hook}" if hook else ""
-                whole = f"{describe(node, view)}, which is kept whole{because}"
-                inside.update((id(each), whole) for each in module.modules())
+    stopped = {each.name: each for each in stops}
+    for view in views:
+        for node in view.graph.nodes:
+            module = view.module(node)
+            if module is not None:
+                called.add(id(module))
+                if module._modules and str(node.target) not in stopped:
+                    hook = has_hooks(module)
+                    because = f", since it carries {hook}" if hook else ""
+                    whole = f"{describe(node, view)}, which is kept whole{because}"
+                    inside.update((id(each), whole) for each in module.modules())
     findings = []
-    for name, module in view.modules.items():
+    for name, module in modules.items():
         if id(module) not in called:
             called.add(id(module))
-            for rule in rules:
-                if isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules):
-                    reason = "no call of it is in the traced graph"
-                    if id(module) in inside:
-                        reason = f"it is inside {inside[id(module)]}"
-                    if not name:
-                        reason = "it is the model itself, which is traced through; wrap it"
-                    anchor = name or type(module).__name__
-                    findings.append(Finding(anchor, "missed", rule.name, cause=reason))
-                    break
+            rule = next((rule for rule in rules if is_anchor(module, rule)), None)
+            if rule is not None:
+                reason = _reason(name, module, inside, stopped)
+                anchor = name or type(module).__name__
+                findings.append(Finding(anchor, "missed", rule.name, cause=reason))
     return findings
 
 
@@ -58,3 +73,21 @@ def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
                 findings.append(Finding(each.node.name, "missed", rule.name, cause=each.reason))
                 break
     return findings
+
+
+def _reason(
+    name: str, module: nn.Module, inside: Mapping[int, str], stops: Mapping[str, Stop]
+) -> str:
+    if not name:
+        return "it is the model itself, which is traced through; wrap it"
+    if id(module) in inside:
+        return f"it is inside {inside[id(module)]}"
+    above = name
+    while above:
+        above, _ = _parent_name(above)
+        if above in stops:
+            return (
+                f"no call of it could be traced: tracing stopped in {stops[above].where}, "
+                f"because {stops[above]}"
+            )
+    return "no call of it is in the traced graph"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from .errors import ExpectationError, UnknownNameError
+from .explaining import Stop
 from .renaming import Became
 from .sites import Miss, in_one_line
 
@@ -91,7 +92,9 @@ class Report:
 
     `rule_sets` names the rules of each set, `modules` all modules of the model, an alias by the
     name that the graph has for it, and `nodes` the nodes that were looked at. `bystanders` has
-    what is no anchor, took part in nothing, and might have.
+    what is no anchor, took part in nothing, and might have. `into` is "graph" or "modules", what
+    the result is; `stops` has each module that could not be traced, and why. `parameter_names` has
+    for each key of the model's state dict what became of it.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -109,6 +112,7 @@ class Report:
     nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
     bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
     into: str = "graph"
+    stops: tuple[Stop, ...] = ()
     parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
 
     @property
@@ -192,6 +196,9 @@ class Report:
             "version": 1,
             "rule_sets": {name: list(rules) for name, rules in self.rule_sets.items()},
             "counts": self.counts,
+            "into": self.into,
+            "stops": [each.to_dict() for each in self.stops],
+            "parameter_names": {k: str(each) for k, each in self.parameter_names.items()},
             "findings": [finding.to_dict() for finding in self.findings],
         }
         return json.dumps(data, indent=2)
@@ -204,6 +211,9 @@ class Report:
             lines.append(
                 f"{rule:{width}}  {each['applied']:7}  {each['refused']:7}  {each['missed']:6}"
             )
+        if self.stops:
+            stops = [(each.name or each.kind, each.summary) for each in self.stops]
+            lines += _listing("not traced, so that the rules went into the module tree", stops)
         noted = [f for f in self.applied if f.notes]
         lines += _listing("noted", [(f.anchor, "; ".join(f.notes)) for f in noted])
         lines += _listing("refused", [(f.anchor, f.reason) for f in self.refused])

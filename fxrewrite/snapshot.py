@@ -120,17 +120,17 @@ class ModelState:
             for each in value.values() if isinstance(value, dict) else value:
                 self._hold(name, each)
 
-    def restore(self) -> str | None:
-        """Put everything back, and name the first thing that was changed."""
-        found = None
+    def restore(self) -> list[str]:
+        """Put everything back, and name the things that were changed."""
+        found = []
         for name, registry, before in self._registries:
             if (key := _changed(before, registry)) is not None:
-                found = found or f"{name}.{key}".strip(".")
+                found.append(f"{name}.{key}".strip("."))
                 _refill(registry, before)
         for name, tensor in self._tensors:
             # A forward that writes what is there already may write something else next time.
             if tensor.was_written() or tensor.differs():
-                found = found or name
+                found.append(name)
                 tensor.restore()
         return found
 

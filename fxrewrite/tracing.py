@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-import operator
 import threading
-import traceback
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeAlias
 
+import attrs
 import torch
 from torch import fx, nn
-from torch.fx.graph import inplace_methods
 
-from . import watching
 from .errors import TraceError
+from .explaining import Stop, stop
+from .modules import _parent_name
+from .proxies import Proxy
 from .snapshot import ModelState
 from .soundness import has_hooks
-from .watching import AmbientStateError, watched
+from .tolerance import tolerant
+from .watching import watched
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 
@@ -29,12 +28,30 @@ _CONSTANTS = ("_tensor_constant", "_torchbind_obj")
 # While FX traces, it patches nn.Module for all threads.
 _tracing = threading.RLock()
 
-_PLAIN_WORDS = {
-    "cannot be used as inputs to control flow": "it branches on a value that only a real run has",
-    "cannot be iterated": "it iterates over a value whose length only a real run has",
-    "'len' is not supported": "it asks for the length of a value that only a real run has",
-    "is not a member": "it uses a parameter that belongs to no module of the model",
-}
+
+@attrs.frozen(eq=False)
+class Traced:
+    """A graph, the constants that tracing found, by name, and what could not be traced.
+
+    A submodule that could not is one node of the graph; where the model itself could not, there is
+    no graph.
+    """
+
+    graph: fx.Graph | None
+    constants: dict[str, Any] = attrs.field(factory=dict)
+    stops: tuple[Stop, ...] = ()
+    reads_buffers: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model was traced."""
+        return self.graph is not None and not self.stops
+
+    def check(self, model: nn.Module) -> None:
+        """Raise TraceError where not all of the model was traced."""
+        if not self.is_whole:
+            first = self.stops[0]
+            raise TraceError(first.advice(type(model).__name__)) from first.error
 
 
 def trace(
@@ -56,23 +73,38 @@ def trace(
     Raises:
         TraceError: the model can't be traced; the message names the module and the line.
     """
+    found = attempt(model, leaf_modules, tracer)
+    found.check(model)
+    assert found.graph is not None
+    return found.graph, found.constants
+
+
+def attempt(
+    model: nn.Module,
+    leaf_modules: LeafModules = (),
+    tracer: fx.Tracer | type[fx.Tracer] | None = None,
+) -> Traced:
+    """As `trace`, with each submodule that can't be traced as one node, and no TraceError."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
     if isinstance(model, fx.GraphModule):
-        return copy_of(model.graph), {}
-    _refuse_compiled(model)
+        return Traced(copy_of(model.graph))
+    if (reason := _not_there(model)) is not None:
+        return Traced(None, stops=(Stop("", type(model).__name__, "", reason, ""),))
     leaves = tuple(leaf_modules)
+    for each in leaves:
+        if isinstance(each, str):
+            model.get_submodule(each)
     with _tracing:
-        if tracer is not None:
-            return _traced(model, _with_leaves(model, leaves, tracer))
         # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
         # A model that needs a buffer's value then does not trace, and gets a second try without.
-        own = _with_leaves(model, leaves, fx.Tracer)
-        own.proxy_buffer_attributes = True
-        try:
-            return _traced(model, own)
-        except TraceError:
-            return _traced(model, _with_leaves(model, leaves, fx.Tracer))
+        found = _settled(model, leaves, tracer or _BufferTracer)
+        if found.stops and found.reads_buffers and tracer is None:
+            second = _settled(model, leaves, fx.Tracer)
+            no_worse = len(second.stops) <= len(found.stops)
+            if no_worse and (second.graph is not None or found.graph is None):
+                return second
+        return found
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
@@ -84,29 +116,85 @@ def copy_of(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _traced(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, Any]]:
-    before = ModelState(model, buffers=not tracer.proxy_buffer_attributes)
+class _BufferTracer(fx.Tracer):
+    """A tracer that records reads of buffers, and whether there was any."""
+
+    proxy_buffer_attributes = True
+    reads_buffers = False
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        self.reads_buffers |= value is not attr_val and not isinstance(attr_val, nn.Parameter)
+        return value
+
+
+def _settled(
+    model: nn.Module,
+    leaves: tuple[type[nn.Module] | str, ...],
+    tracer: fx.Tracer | type[fx.Tracer],
+) -> Traced:
+    """Trace; once more where a forward changed the model, with what does so as leaves."""
+    changing: dict[str, Stop] = {}
+    while True:
+        found, changed = _traced(model, (*leaves, *changing), tracer)
+        if not changed:
+            return attrs.evolve(found, stops=(*changing.values(), *found.stops))
+        for name in changed:
+            owner = _owner(model, name, changing)
+            kind = type(model.get_submodule(owner)).__name__
+            reason = f"its forward changes {name}, which a graph can't do for it"
+            changing.setdefault(owner, Stop(owner, kind, "", reason, ""))
+        if "" in changing:
+            return Traced(None, stops=(changing.pop(""), *changing.values()))
+
+
+def _owner(model: nn.Module, name: str, leaves: Container[str]) -> str:
+    """The module that has an attribute; or the one above, where that is a leaf and can't do it."""
+    owner, _ = _parent_name(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    while owner not in modules or owner in leaves or has_no_forward(modules[owner]):
+        if not owner:
+            break
+        owner, _ = _parent_name(owner)
+    return owner
+
+
+def has_no_forward(module: nn.Module) -> bool:
+    """Whether a module only holds others."""
+    return type(module).forward is nn.Module.forward
+
+
+def _traced(
+    model: nn.Module,
+    leaves: tuple[type[nn.Module] | str, ...],
+    tracer: fx.Tracer | type[fx.Tracer],
+) -> tuple[Traced, list[str]]:
+    """What one pass gives, and the names of what it changed, which is put back."""
+    names = {each for each in leaves if isinstance(each, str)}
+    own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
+    raised = tolerant(own, names)
+    watched(own)
+    before = ModelState(model, buffers=not own.proxy_buffer_attributes)
     known = set(model.__dict__)
+    graph = None
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
-            graph = tracer.trace(model)
+            graph = own.trace(model)
         except Exception as error:
-            raise TraceError(_explanation(model, error)) from error
+            raised[""] = error
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
         constants = {name: each for name, each in found.items() if name.startswith(_CONSTANTS)}
         for name in constants:
             del model.__dict__[name]
         changed = before.restore()
-    if changed is not None:
-        raise TraceError(
-            f"the forward of {type(model).__name__} changes {changed}, which a graph can't do for "
-            "it; keep the module that does so as one node with leaf_modules=, or take it out"
-        )
-    for node in (*graph.find_nodes(op="placeholder"), graph.output_node()):
-        if isinstance(node.type, str):  # an annotation not evaluated, which torch.jit can't read
-            node.type = None
-    return graph, constants
+    stops = tuple(stop(model, name, error) for name, error in raised.items())
+    if graph is not None:
+        for node in (*graph.find_nodes(op="placeholder"), graph.output_node()):
+            if isinstance(node.type, str):  # an annotation not evaluated, unknown to torch.jit
+                node.type = None
+    reads_buffers = getattr(own, "reads_buffers", False)
+    return Traced(graph, constants, stops, reads_buffers), changed
 
 
 def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
@@ -123,94 +211,48 @@ def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ..
     return leaves
 
 
+def keeps_whole(
+    tracer: fx.Tracer | type[fx.Tracer], types: tuple[type[nn.Module], ...], names: set[str]
+) -> Callable[[nn.Module, str], bool]:
+    """Whether a module is a leaf for a tracer, or of these types, or of these names."""
+    base = tracer() if isinstance(tracer, type) else tracer
+
+    def keeps(module: nn.Module, name: str) -> bool:
+        return isinstance(module, types) or name in names or base.is_leaf_module(module, name)
+
+    return keeps
+
+
 def _with_leaves(
-    model: nn.Module,
-    leaves: tuple[type[nn.Module] | str, ...],
-    tracer: fx.Tracer | type[fx.Tracer],
+    tracer: fx.Tracer | type[fx.Tracer], types: tuple[type[nn.Module], ...], names: set[str]
 ) -> fx.Tracer:
     """A copy of the tracer to which further modules are leaves."""
     base = tracer() if isinstance(tracer, type) else tracer
-    types = tuple(each for each in leaves if isinstance(each, type))
-    names = {each for each in leaves if isinstance(each, str)}
-    for name in names:
-        model.get_submodule(name)
-
-    def is_leaf(module: nn.Module, name: str) -> bool:
-        named = isinstance(module, types) or name in names
-        return named or has_hooks(module) is not None or base.is_leaf_module(module, name)
-
+    keeps = keeps_whole(base, types, names)
     own = copy.copy(base)
     own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
-    own.is_leaf_module = is_leaf  # type: ignore[method-assign, assignment]
+    own.is_leaf_module = lambda module, name: (  # type: ignore[method-assign, assignment]
+        has_hooks(module) is not None or keeps(module, name)
+    )
     if type(base).proxy is fx.Tracer.proxy:  # otherwise the user's tracer has values of its own
         own.proxy = lambda node: Proxy(node, own)  # type: ignore[method-assign]
-    watched(own)
     return own
 
 
-class Proxy(fx.Proxy):
-    """A value to trace with, whose `x += y` is recorded as the write in place that it is.
-
-    Of FX's own it makes a new value, and whatever else is `x`, or a view of it, misses the write.
-    """
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what torch.jit or torch.compile made of another."""
+    return isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules
 
 
-def _recorded(write: Any) -> Any:
-    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", write, (self, other), {})
-
-    return method
-
-
-for _name in inplace_methods.keys() - {"setitem"}:  # which FX refuses to trace
-    setattr(Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    kind = type(model).__name__
+def _not_there(model: nn.Module) -> str | None:
+    """Why a module's forward is not there to be traced, or None."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(f"{kind} is scripted already; rewrite the model before torch.jit")
-    if "_orig_mod" in model._modules:
-        raise TraceError(f"{kind} is compiled already; rewrite the model before torch.compile")
+        return "it is scripted already; rewrite the model before torch.jit"
+    if is_compiled(model):
+        return "it is compiled already; rewrite the model before torch.compile"
     if "forward" in model.__dict__:
-        raise TraceError(
-            f"{kind} has a forward set on the instance, which tracing would pass over; "
+        return (
+            "it has a forward set on the instance, which tracing would pass over; "
             "define it in the class, or pass a GraphModule"
         )
-
-
-def _explanation(model: nn.Module, error: Exception) -> str:
-    names = {id(module): name for name, module in model.named_modules()}
-    kind = where = type(model).__name__
-    name, line = "", ""
-    for frame, lineno in _user_frames(error):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in names:
-            name = names[id(module)]
-            where = f"{name} ({type(module).__name__})" if name else kind
-        at = traceback.FrameSummary(frame.f_code.co_filename, lineno, frame.f_code.co_name)
-        line = f"{at.filename}:{at.lineno}: {at.line}"
-    reason = next((words for part, words in _PLAIN_WORDS.items() if part in str(error)), None)
-    because = f"{reason or 'the forward raised there'} ({type(error).__name__}: {error})"
-    if isinstance(error, AmbientStateError):
-        because = str(error)
-    advice = (
-        f"keep that module as one node with leaf_modules=[{name!r}]"
-        if name
-        else "rewrite those of its submodules that can be traced"
-    )
-    return (
-        f"tracing {kind} stopped in {where}, at\n  {line}\n"
-        f"because {because}.\n"
-        f"Either {advice}, or pass a tracer= or a GraphModule of your own."
-    )
-
-
-def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
-    """The frames of an error that are of a forward, outermost first."""
-    fx_folder = Path(fx.__file__).parent
-    not_theirs = (Path(__file__), Path(watching.__file__), Path(nn.modules.module.__file__))
-    for frame, lineno in traceback.walk_tb(error.__traceback__):
-        path = Path(frame.f_code.co_filename)
-        if fx_folder not in path.parents and path not in not_theirs:
-            yield frame, lineno
+    return None

@@ -22,13 +22,20 @@ class GraphView:
     itself never changes, and what becomes of graph and overlay is decided elsewhere.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, constants: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        constants: dict[str, Any],
+        modules: dict[str, nn.Module] | None = None,
+    ) -> None:
         self.root = root
         self.graph = graph
         self.constants = constants
         self.placed: dict[str, Any] = dict(constants)
         self.remarks: dict[fx.Node, str] = {}
-        self.modules = dict(root.named_modules(remove_duplicate=False))
+        found = modules or dict(root.named_modules(remove_duplicate=False))
+        self.modules: dict[Any, nn.Module] = found
         self._users: Counter[int] = Counter()
         self._called: Counter[str] = Counter()
         self._constants: set[fx.Node] = set()

@@ -138,7 +138,7 @@ def test_a_graph_module_may_read_a_tensor_and_an_attribute_of_it():
 def test_what_can_not_be_traced_names_module_line_reason_and_what_to_do():
     model = nn.Sequential(nn.ReLU(), nn.Sequential(Scale(), Branching())).eval()
     with pytest.raises(fxr.TraceError) as error:
-        fxr.plan(model, drop_relu)
+        fxr.plan(model, drop_relu, into="graph")
     said = str(error.value)
     line = Branching.forward.__code__.co_firstlineno + 1
     assert "tracing Sequential stopped in 1.1 (Branching), at" in said
@@ -156,7 +156,7 @@ def test_what_can_not_be_traced_names_module_line_reason_and_what_to_do():
 )
 def test_a_root_that_can_not_be_traced_is_not_told_to_keep_itself_whole(kind, reason):
     with pytest.raises(fxr.TraceError, match=reason) as error:
-        fxr.plan(kind().eval(), drop_relu)
+        fxr.plan(kind().eval(), drop_relu, into="graph")
     assert f"stopped in {kind.__name__}, at" in str(error.value)
     assert "leaf_modules" not in str(error.value)
 
@@ -167,7 +167,7 @@ def test_an_error_of_the_forward_itself_is_repeated():
             return self.nothing(x)
 
     with pytest.raises(fxr.TraceError, match=r"no attribute 'nothing'") as error:
-        fxr.plan(nn.Sequential(Wrong()), drop_relu)
+        fxr.plan(nn.Sequential(Wrong()), drop_relu, into="graph")
     assert "return self.nothing(x)" in str(error.value)
 
 
@@ -185,8 +185,8 @@ def test_a_model_that_is_scripted_or_compiled_is_refused_with_the_order_to_use()
 def test_a_root_with_a_forward_of_its_own_is_refused():
     model = Scale().eval()
     model.forward = lambda x: x
-    with pytest.raises(fxr.TraceError, match="Scale has a forward set on the instance"):
-        fxr.plan(model, drop_relu)
+    with pytest.raises(fxr.TraceError, match="Scale because it has a forward set on the instance"):
+        fxr.plan(model, drop_relu, into="graph")
 
 
 @pytest.mark.parametrize("model", [nn.ReLU, torch.relu, None, "resnet18", [nn.ReLU()]])
@@ -253,8 +253,8 @@ def test_tracing_leaves_the_model_as_it_was_whatever_its_forward_does(how, insid
         assert model.steps.item() == 1
         model.steps.zero_()
     else:
-        with pytest.raises(fxr.TraceError, match="leaf_modules="):
-            fxr.rewrite(root, drop_relu)
+        with pytest.raises(fxr.TraceError, match="which a graph can't do for it"):
+            fxr.rewrite(root, drop_relu, into="graph")
     assert {**vars(model), "_buffers": 0} == {**before, "_buffers": 0}
     assert (model.steps.item(), model.plain.item(), model.stack) == (0, 0, [0])
 

@@ -1,0 +1,81 @@
+"""From a model to its rewritten form: trace, apply rules, make what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .applying import apply, apply_to_parts
+from .copying import copied
+from .destination import IntoGraph, IntoModules
+from .exported import Program
+from .partial import Parts
+from .replaying import Script
+from .report import Report
+from .result import graph_module
+from .ruleset import RuleSet
+from .shapes import record_shapes
+from .tracing import LeafModules, attempt, checked_leaves, is_compiled
+from .view import GraphView
+
+Into = Literal["graph", "modules"]
+
+
+@attrs.frozen
+class Rewriter:
+    """By which rules to rewrite, into what, and how to trace."""
+
+    rule_sets: Sequence[RuleSet]
+    into: Into | None
+    tracer: fx.Tracer | type[fx.Tracer] | None
+    leaf_modules: LeafModules
+
+    def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
+        """The rewritten model and the report; what is asked and done is in the script."""
+        rules = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
+        named = tuple(kind for rule in rules for kind in rule.pattern.module_types)
+        leaves = (*named, *checked_leaves(self.leaf_modules))
+        if isinstance(model, ExportedProgram):
+            return self._program(model, script)
+        whole = attempt(model, leaves, self.tracer)
+        into = self.into or ("graph" if whole.is_whole else "modules")
+        if into == "graph" or is_compiled(model):  # of which no part is to be had either
+            whole.check(model)
+        anchors = (rule.pattern.steps[rule.pattern.anchor] for rule in rules)
+        wanted = named if all(step.modules for step in anchors) else (nn.Module,)
+        parts = Parts(model, whole, wanted, leaves, self.tracer, in_leaves=into == "modules")
+        # Weights made under inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            modules = dict(model.named_modules(remove_duplicate=False))
+            views = [GraphView(model, part.graph, part.constants, modules) for part in parts.parts]
+            if example_inputs is not None and whole.is_whole:
+                record_shapes(graph_module(views[0]), _as_tuple(example_inputs))
+            if into == "graph":
+                applied = apply(views[0], self.rule_sets, IntoGraph(), script)
+                made: nn.Module = graph_module(views[0])
+            else:
+                trees = {view: IntoModules(view) for view in views}
+                stops = tuple(parts.stops.values())
+                applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
+                replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
+                made = copied(model, replaced)
+        return made, applied.report(model, made, into)
+
+    def _program(self, model: ExportedProgram, script: Script) -> tuple[Any, Report]:
+        with torch.inference_mode(False), torch.no_grad():
+            program = Program(model)
+            view = program.view()
+            applied = apply(view, self.rule_sets, program, script)
+            made = program.finished(view)
+        return made, applied.report(model, made, "graph")
+
+
+def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments that example inputs stand for."""
+    is_many = isinstance(example_inputs, tuple | list)
+    return tuple(example_inputs) if is_many else (example_inputs,)
