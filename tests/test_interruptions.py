@@ -73,7 +73,7 @@ def interrupted(after: int, call: Any) -> bool:
 
 def rewrite(model: nn.Module) -> None:
     with pytest.raises((fxr.RuleError, fxr.TraceError)):
-        fxr.rewrite(model, ["conv_bn", clumsy], X.float())
+        fxr.rewrite(model, ["conv_bn", clumsy], X.float(), into="graph")
 
 
 @given(st.integers(1, 3500), st.sampled_from([Model, Writing]))

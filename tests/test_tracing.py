@@ -351,4 +351,4 @@ def test_a_write_of_what_is_there_already_is_a_write() -> None:
     model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn()).double()
     model(nets.X)
     with pytest.raises(fxr.TraceError, match=r"changes bn\.running_mean"):
-        fxr.fuse(model)
+        fxr.fuse(model, into="graph")
