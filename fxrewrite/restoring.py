@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .api import Into, rewrite
+from .api import rewrite
+from .rewriting import Into
 from .errors import LoadError
 from .modules import _parent_name
 from .registry import Rules
