@@ -14,11 +14,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .api import rewrite
-from .rewriting import Into
 from .errors import LoadError
 from .modules import _parent_name
 from .registry import Rules
 from .report import Report
+from .rewriting import Into
 from .tracing import LeafModules
 
 _DIFFERENCES_SHOWN = 5

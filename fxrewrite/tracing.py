@@ -101,8 +101,8 @@ def attempt(
         found = _settled(model, leaves, tracer or _BufferTracer)
         if found.stops and found.reads_buffers and tracer is None:
             second = _settled(model, leaves, fx.Tracer)
-            no_worse = len(second.stops) <= len(found.stops)
-            if no_worse and (second.graph is not None or found.graph is None):
+            better = second.graph is not None and len(second.stops) < len(found.stops)
+            if better or found.graph is None:
                 return second
         return found
 
