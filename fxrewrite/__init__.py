@@ -8,6 +8,7 @@ it was.
 from .actions import Action, Bypass, Replace, Revise
 from .api import fuse, localise, plan, rewrite
 from .comparing import TensorCheck
+from .compiling import backend
 from .declare import call, chain, pattern, pattern_of
 from .errors import (
     ExpectationError,
@@ -34,6 +35,7 @@ from .modules import (
     replace_node_module,
     set_submodule,
 )
+from .passes import inductor_pass
 from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .restoring import load
@@ -71,6 +73,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "_parent_name",
+    "backend",
     "call",
     "chain",
     "delete_submodule",
@@ -79,6 +82,7 @@ __all__ = [
     "fuse",
     "get_rule_set",
     "get_submodule",
+    "inductor_pass",
     "known_rank",
     "known_shape",
     "load",

@@ -124,7 +124,7 @@ class Lifting:
             return made
         if not spelling.says_mode:
             # A graph of operators has no mode, whatever the module says that it is in.
-            made.train(spelling.dialect == "functional" and view.root.training)
+            made.train(spelling.dialect == "functional" and view.is_training)
         # Calls that are the same in all but what they read are calls of one module.
         told = (targets.get(name) or repr(value) for name, value in plain.items())
         key = (spelling.function, type(made), *plain, *told)

@@ -42,7 +42,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
 
 
 def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
@@ -179,7 +179,7 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TENSORS:
+        if type(tensor) not in PLAIN_TENSORS:
             return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
         if id(tensor) in effects.written_tensors:
             return f"holds {name}, which the model writes to in its forward"

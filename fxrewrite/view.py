@@ -32,6 +32,7 @@ class GraphView:
         self.root = root
         self.graph = graph
         self.constants = constants
+        self.is_training = root.training
         self.placed: dict[str, Any] = dict(constants)
         self.remarks: dict[fx.Node, str] = {}
         found = modules or dict(root.named_modules(remove_duplicate=False))
