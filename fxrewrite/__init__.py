@@ -8,7 +8,7 @@ it was.
 from .actions import Action, Bypass, Replace, Revise
 from .api import fuse, localise, plan, rewrite
 from .comparing import TensorCheck
-from .compiling import backend
+from .compiling import backend, inductor_pass
 from .declare import call, chain, pattern, pattern_of
 from .errors import (
     ExpectationError,
@@ -35,7 +35,6 @@ from .modules import (
     replace_node_module,
     set_submodule,
 )
-from .passes import inductor_pass
 from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .restoring import load

@@ -1,15 +1,14 @@
-"""Rules around the backend of `torch.compile`."""
+"""Rules for `torch.compile`: around a backend, and as a pass of inductor."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import fx, nn
-from torch._dynamo import lookup_backend
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .applying import apply
@@ -22,6 +21,9 @@ from .ruleset import RuleSet, apart
 from .soundness import PLAIN_TENSORS
 from .tracing import copy_of
 from .view import GraphView
+
+if TYPE_CHECKING:
+    from .passes import InductorPass
 
 _log = logging.getLogger("fxrewrite")
 
@@ -52,6 +54,8 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
         UnknownRuleSetError: no rule set has the given name.
         torch._dynamo.exc.InvalidBackend: no backend has the name `inner`.
     """
+    from torch._dynamo import lookup_backend  # which takes seconds to import
+
     rule_sets = apart(resolve(rules))
     compile_inner = lookup_backend(inner)
 
@@ -63,6 +67,25 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
         return _Compiled(rewriting, made, example_inputs, compile_inner)
 
     return compile_graph
+
+
+def inductor_pass(rules: Rules) -> InductorPass:
+    """Rules for one of inductor's hooks, such as `config.post_grad_custom_pre_pass`.
+
+    >>> import fxrewrite as fxr
+    >>> from torch._inductor import config
+    >>> with config.patch(post_grad_custom_pre_pass=fxr.inductor_pass("conv_bn")):
+    ...     pass  # what is compiled here goes through the rules
+
+    Args:
+        rules: as in `rewrite`.
+
+    Raises:
+        UnknownRuleSetError: no rule set has the given name.
+    """
+    from .passes import InductorPass  # inductor takes seconds to import
+
+    return InductorPass(apart(resolve(rules)))
 
 
 @attrs.frozen(eq=False)

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .applying import apply
 from .destination import IntoGraph
 from .modules import fresh_name
-from .registry import Rules, resolve
 from .replaying import Replay, Script
-from .ruleset import RuleSet, apart
+from .ruleset import RuleSet
 from .tracing import copy_of
 from .view import GraphView
 
@@ -50,23 +49,6 @@ class InductorPass(CustomGraphPass):
             apply(view, self._rule_sets, IntoGraph(), Replay(script, len(script.applied)))
             _install(view, root)
             graph.lint()
-
-
-def inductor_pass(rules: Rules) -> InductorPass:
-    """Rules for one of inductor's hooks, such as `config.post_grad_custom_pre_pass`.
-
-    >>> import fxrewrite as fxr
-    >>> from torch._inductor import config
-    >>> with config.patch(post_grad_custom_pre_pass=fxr.inductor_pass("conv_bn")):
-    ...     pass  # what is compiled here goes through the rules
-
-    Args:
-        rules: as in `rewrite`.
-
-    Raises:
-        UnknownRuleSetError: no rule set has the given name.
-    """
-    return InductorPass(apart(resolve(rules)))
 
 
 def _install(view: GraphView, root: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
 import fxrewrite as fxr
+from fxrewrite.passes import InductorPass
 
 X = nets.random_input((2, 4, 5, 5))
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ def test_inductor_compiles_what_a_pass_leaves() -> None:
     """As a post-grad pass, rules act on the graph that inductor compiles."""
     seen: list[str] = []
 
-    class Watch(fxr.passes.InductorPass):
+    class Watch(InductorPass):
         def __call__(self, graph: fx.Graph) -> None:
             super().__call__(graph)
             seen.extend(str(node.target) for node in graph.nodes)
