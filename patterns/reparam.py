@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
-import attrs
 import torch
 from torch import nn
 
 import fxrewrite as fxr
 
-from .affine import ConvNd, scale_and_shift
-from .conv_bn import fold_conv_bn
+from .affine import ConvNd, scale_and_shift, scaled_and_shifted
+from .conv_bn import (
+    ConvBn,
+    fold_conv_bn,
+    has_running_stats,
+    same_device,
+    same_dtype,
+    same_rank,
+)
+from .geometry import Geometry, misfit, with_kernel
 
 ADD: tuple[Any, ...] = (
     operator.add, operator.iadd, torch.add, "add", "add_",
@@ -25,12 +32,20 @@ Idle = (
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 _HALF = (torch.float16, torch.bfloat16)
-_MUST_AGREE = {
-    "inputs": "input channels",
-    "outputs": "output channels",
-    "groups": "groups",
-    "stride": "stride",
-}
+
+
+class NormAct(fxr.Family):
+    """A batch norm that may drop values and apply an activation after it has normalised."""
+
+
+NormAct.add("timm.layers.norm_act.BatchNormAct2d")
+
+
+@fxr.pattern
+class ConvNormAct(ConvBn):
+    """A convolution and a batch norm of that kind."""
+
+    bn: NormAct  # type: ignore[assignment]
 
 
 @fxr.pattern
@@ -45,7 +60,7 @@ class Convolved:
 class Normed:
     """A branch with a batch norm alone."""
 
-    norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | NormAct
     idle: tuple[Idle, ...]
 
 
@@ -95,65 +110,9 @@ class PlusConstant:
     plus: fxr.Call = fxr.call(*ADD, side_inputs=False)
 
 
-@attrs.frozen
-class Geometry:
-    """Where a convolution reads, and what it makes; `before` and `after` are its padding."""
-
-    dims: int
-    inputs: int
-    outputs: int
-    groups: int
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    mode: str
-
-    @classmethod
-    def of(cls, conv: ConvNd) -> Geometry:
-        """That of a convolution."""
-        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if conv.padding == "same":  # of an odd number, torch pads one more behind
-            before = tuple(each // 2 for each in reach)
-            after = tuple(each - each // 2 for each in reach)
-        else:
-            amount: Any = (0,) * len(reach) if conv.padding == "valid" else conv.padding
-            before = after = tuple(amount)
-        return cls(
-            len(reach), conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size,
-            conv.stride, conv.dilation, before, after, conv.padding_mode,
-        )  # fmt: skip
-
-    @classmethod
-    def pointwise(cls, like: ConvNd) -> Geometry:
-        """That of a convolution that scales each channel that another one reads."""
-        dims, channels = len(like.kernel_size), like.in_channels
-        ones, zeros = (1,) * dims, (0,) * dims
-        return cls(
-            dims, channels, channels, like.groups, ones, ones, ones, zeros, zeros, "zeros"
-        )  # fmt: skip
-
-    @property
-    def growth(self) -> tuple[int, ...]:
-        """By how much the padded input is longer than what the kernel covers, less one."""
-        sides = zip(self.before, self.after, self.dilation, self.kernel, strict=True)
-        return tuple(before + after - d * (k - 1) for before, after, d, k in sides)
-
-    def inside(self, other: Geometry) -> tuple[int, ...] | None:
-        """The index in another kernel at which this one starts; None where it is not inside."""
-        if self.mode != other.mode and any((*self.before, *self.after)):
-            return None
-        found = []
-        for dim in range(self.dims):
-            ahead, step = other.before[dim] - self.before[dim], other.dilation[dim]
-            size, room = self.kernel[dim], other.kernel[dim]
-            if ahead % step or not 0 <= ahead // step <= room - size:
-                return None
-            if size > 1 and self.dilation[dim] != step:
-                return None
-            found.append(ahead // step)
-        return tuple(found)
+def only_normalises(m: ConvNormAct) -> str | None:
+    """An activation of the norm's own would be lost."""
+    return _does_more(m.bn)
 
 
 def plain_sum(m: TwoConvs | ConvAndNorm | ConvAndInput) -> str | None:
@@ -167,7 +126,7 @@ def plain_sum(m: TwoConvs | ConvAndNorm | ConvAndInput) -> str | None:
 def convs_fit(m: TwoConvs) -> str | None:
     """Both must read the same places for the same outputs, one kernel inside the other."""
     one, other = m.left.conv, m.right.conv
-    return _types_differ(one.weight, other.weight) or _misfit(Geometry.of(one), Geometry.of(other))
+    return _types_differ(one.weight, other.weight) or misfit(Geometry.of(one), Geometry.of(other))
 
 
 def input_fits(m: ConvAndInput) -> str | None:
@@ -177,7 +136,7 @@ def input_fits(m: ConvAndInput) -> str | None:
 
 def norm_fits(m: ConvAndNorm) -> str | None:
     """The norm must be a fixed scale and shift of the channels that the convolution reads."""
-    conv, norm = m.left.conv, m.right.norm
+    conv, norm = m.left.conv, cast(Any, m.right.norm)
     dims = next(dims for kind, dims in _DIMS.items() if isinstance(norm, kind))
     rank = m.x.rank
     if dims != len(conv.kernel_size) or rank not in (None, dims + 2):
@@ -196,7 +155,7 @@ def norm_fits(m: ConvAndNorm) -> str | None:
             differ = _types_differ(conv.weight, each)
             if differ is not None:
                 return differ
-    return _no_place_for_input(conv)
+    return _does_more(norm) or _no_place_for_input(conv)
 
 
 def adds_zero(m: PlusConstant) -> str | None:
@@ -217,6 +176,12 @@ def adds_zero(m: PlusConstant) -> str | None:
     if not (m.value.dtype.is_floating_point or m.value.dtype.is_complex):
         return f"adding 0 may change the type of a value in {m.value.dtype}"
     return None
+
+
+@fxr.rule(where=[only_normalises, same_rank, has_running_stats, same_dtype, same_device], pure=True)
+def fold_conv_norm_act(m: ConvNormAct) -> fxr.Replace:
+    """As `fold_conv_bn`, for a norm whose activation is an identity."""
+    return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(cast(Any, m.bn))), slot="conv")
 
 
 @fxr.rule(where=[adds_zero], pure=True)
@@ -240,7 +205,7 @@ def sum_convs(m: TwoConvs) -> fxr.Replace:
 @fxr.rule(where=[plain_sum, norm_fits], pure=True)
 def sum_conv_norm(m: ConvAndNorm) -> fxr.Replace:
     """Add the norm to the kernel's centre, as a convolution that scales each channel."""
-    return _with_channels(m.left.conv, *scale_and_shift(m.right.norm))
+    return _with_channels(m.left.conv, *scale_and_shift(cast(Any, m.right.norm)))
 
 
 @fxr.rule(where=[plain_sum, input_fits], pure=True)
@@ -249,38 +214,9 @@ def sum_conv_input(m: ConvAndInput) -> fxr.Replace:
     return _with_channels(m.left.conv, torch.ones(m.left.conv.in_channels), None)
 
 
-def with_kernel(
-    conv: ConvNd, weight: torch.Tensor, bias: torch.Tensor | None, place: tuple[int, ...]
-) -> ConvNd:
-    """A convolution with another kernel added to its own.
-
-    The sum is formed in float64 or complex128 and cast to the convolution's type.
-
-    >>> conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
-    >>> more = with_kernel(conv, torch.ones(1, 1, 1, 1), torch.ones(1), place=(1, 1))
-    >>> x = torch.randn(1, 1, 5, 5)
-    >>> torch.allclose(more(x), conv(x) + x + 1, atol=1e-6)
-    True
-
-    Args:
-        conv: a convolution with a kernel of size K and C output channels.
-        weight: of the shape of the convolution's own, with a kernel that is no larger.
-        bias: of shape (C,), or None.
-        place: in each dimension, the index in K at which the other kernel starts.
-    """
-    dtype = conv.weight.dtype
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    total = conv.weight.to(wide, copy=True)
-    part: list[Any] = [slice(i, i + k) for i, k in zip(place, weight.shape[2:], strict=True)]
-    total[(..., *part)] += weight
-    if conv.bias is not None:
-        bias = conv.bias.to(wide) + (0 if bias is None else bias)
-    return fxr.evolve(conv, weight=total.to(dtype), bias=None if bias is None else bias.to(dtype))
-
-
 reparam = fxr.RuleSet(
     "reparam",
-    [fold_conv_bn, drop_zero, sum_convs, sum_conv_norm, sum_conv_input],
+    [fold_conv_norm_act, fold_conv_bn, drop_zero, sum_convs, sum_conv_norm, sum_conv_input],
     doc="Make one convolution of parallel branches, as those of RepVGG and MobileOne.",
 )
 
@@ -297,37 +233,19 @@ def _with_channels(conv: ConvNd, scale: torch.Tensor, shift: torch.Tensor | None
     return fxr.Replace(with_kernel(conv, kernel.view(shape), shift, place), slot="left.conv")
 
 
+def _does_more(norm: nn.Module) -> str | None:
+    after = (getattr(norm, name, None) for name in ("drop", "act"))
+    found = [each for each in after if each is not None and not isinstance(each, nn.Identity)]
+    return f"the norm also applies a {type(found[0]).__name__}" if found else None
+
+
 def _no_place_for_input(conv: ConvNd) -> str | None:
     if conv.in_channels != conv.out_channels:
         return (
             f"the convolution makes {conv.out_channels} channels of {conv.in_channels}, so what "
             "it reads is no part of what it makes"
         )
-    return _misfit(Geometry.of(conv), Geometry.pointwise(conv))
-
-
-def _misfit(one: Geometry, other: Geometry) -> str | None:
-    """Why two convolutions of one value are not one convolution, or None."""
-    if one.dims != other.dims:
-        return f"one convolution has {one.dims} dimensions and the other {other.dims}"
-    for name, what in _MUST_AGREE.items():
-        first, second = getattr(one, name), getattr(other, name)
-        if first != second:
-            return f"the branches differ in {what}: {first} and {second}"
-    if one.growth != other.growth:
-        return (
-            f"kernels of {_size(one)} and {_size(other)} with this padding make outputs of "
-            "different sizes"
-        )
-    if one.inside(other) is None and other.inside(one) is None:
-        if one.mode != other.mode:
-            return f"one branch pads by {one.mode} and the other by {other.mode}"
-        return f"neither kernel, {_size(one)} or {_size(other)}, reads all that the other reads"
-    return None
-
-
-def _size(geometry: Geometry) -> str:
-    return "x".join(map(str, geometry.kernel))
+    return misfit(Geometry.of(conv), Geometry.pointwise(conv))
 
 
 def _types_differ(one: torch.Tensor, other: torch.Tensor) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from typing import Any
 
 import nets
 import pytest
+import timm
 import torch
 from checks import Record, largest_error, outputs
 from hypothesis import given, reject, settings
@@ -18,6 +20,7 @@ import fxrewrite as fxr
 from fxrewrite.testing import Case, check_rule
 
 X = nets.X
+POOLING = ("AdaptiveAvgPool2d", "Flatten", "FastAdaptiveAvgPool", "mean", "SelectAdaptivePool2d")
 
 
 def merged(model: nn.Module, x: torch.Tensor = X, applied: int | None = None) -> Any:
@@ -196,7 +199,9 @@ def test_the_rules_are_sound_in_the_toolkits_eyes() -> None:
     sums = [
         nets.Forward(SUMS[each], **members()) for each in ("sum of three", "dropouts", "in place")
     ]
-    check_rule("reparam", [*map(nets.randomise, blocks), *sums], X)
+    plain = timm.layers.BatchNormAct2d(4, apply_act=False)
+    timms = nets.Forward(lambda m, x: m.bn(m.a(x)) + m.bn(x), a=nets.conv(), bn=plain)
+    check_rule("reparam", [*map(nets.randomise, blocks), *sums, timms], X)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -309,3 +314,26 @@ def test_a_kernel_lies_where_it_read_before() -> None:
         applied=1,
     )
     assert made.a.kernel_size == (5, 2)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_timms_blocks_become_single_convolutions(name: str) -> None:
+    """Of timm's models no batch norm and no sum is left, as of their own reparameterisation."""
+    model = timm.create_model(name, num_classes=5)
+    blocks = sum(hasattr(each, "conv_kxk") for each in model.modules())
+    made, _ = merged(nets.randomise(model), nets.random_input((1, 3, 32, 32)))
+    found = Counter(kinds(made))
+    assert found["Conv2d"] == blocks
+    assert set(found) <= {"Conv2d", "ReLU", "Identity", "Linear", "Dropout", *POOLING}, found
+    assert not [each for each in made.modules() if isinstance(each, nn.BatchNorm2d)]
+
+
+def test_a_norms_own_activation_is_not_lost() -> None:
+    """A norm of timm's that also applies an activation is refused, in a branch and behind one."""
+    norm = timm.layers.BatchNormAct2d(4, inplace=False)
+    assert refused(lambda m, x: m.a(x) + m.b(x), a=nets.conv(), b=norm) == (
+        "the norm also applies a ReLU"
+    )
+    assert refused(lambda m, x: m.b(m.a(x)), a=nets.conv(), b=norm) == (
+        "the norm also applies a ReLU"
+    )
