@@ -116,7 +116,8 @@ class Engine:
             anchor = name_of(node)
             found = Matcher(rule.pattern, self._view, node).match()
             if isinstance(found, Miss):
-                declined.append(Finding(anchor, "missed", rule.name, cause=found))
+                if not rule.quiet:
+                    declined.append(Finding(anchor, "missed", rule.name, cause=found))
                 continue
             steps, nodes = found.steps, tuple([each.name for each in found.nodes])
             outcome = self._apply(rule, found)
@@ -128,7 +129,7 @@ class Engine:
                 self._script.applied.append((rule, finding))
                 return outcome.made
             declined.append(Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome))
-        if node not in self._made:
+        if declined and node not in self._made:
             self._declined[node] = declined
         return None
 

@@ -55,7 +55,8 @@ def out_of_reach(
     for name, module in modules.items():
         if id(module) not in called:
             called.add(id(module))
-            rule = next((rule for rule in rules if is_anchor(module, rule)), None)
+            loud = (rule for rule in rules if not rule.quiet)
+            rule = next((rule for rule in loud if is_anchor(module, rule)), None)
             if rule is not None:
                 reason = _reason(name, module, inside, stopped)
                 anchor = name or type(module).__name__
@@ -68,6 +69,8 @@ def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
     findings = []
     for each in lifting.declined:
         for rule in rules:
+            if rule.quiet:
+                continue
             wanted = rule.pattern.steps[rule.pattern.anchor].modules
             if any(issubclass(kind, wanted) for kind in each.kinds):
                 findings.append(Finding(each.node.name, "missed", rule.name, cause=each.reason))

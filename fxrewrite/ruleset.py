@@ -35,6 +35,7 @@ class Rule(Generic[M]):
     guards: tuple[Guard, ...] = attrs.field(default=(), repr=False)
     any_mode: bool = False
     pure: bool = attrs.field(default=False, repr=False)
+    quiet: bool = attrs.field(default=False, repr=False)
     doc: str = ""
     source: str = ""
 
@@ -53,6 +54,7 @@ def rule(
     name: str | None = None,
     any_mode: bool = False,
     pure: bool = False,
+    quiet: bool = False,
 ) -> Callable[[Callable[[M], Action]], Rule[M]]: ...
 def rule(
     build: Callable[[Any], Action] | None = None,
@@ -63,6 +65,7 @@ def rule(
     name: str | None = None,
     any_mode: bool = False,
     pure: bool = False,
+    quiet: bool = False,
 ) -> Any:
     """Make a function from a match to an action a rule.
 
@@ -83,6 +86,8 @@ def rule(
         any_mode: match modules in training mode too. By default the engine refuses those.
         pure: take the author's word that the rule and its guards change nothing they are given.
             By default the engine compares afterwards, which costs about as much as a fold.
+        quiet: for a rule whose anchor is common and seldom meant, as each product is for one that
+            looks for constants: that its chain is not there is no finding of the report.
 
     Raises:
         PatternError: no pattern is given, or what is given is not one.
@@ -100,6 +105,7 @@ def rule(
             guards=guards,
             any_mode=any_mode,
             pure=pure,
+            quiet=quiet,
             doc=(build.__doc__ or "").strip().partition("\n")[0],
             source=source_of(build),
         )

@@ -80,6 +80,9 @@ class Draft:
         except Exception as error:
             REFUSALS.append(f"{expression}: {error}")
             reject()
+        if not isinstance(self.values[name], torch.Tensor):  # x.type() is the type's name
+            REFUSALS.append(f"{expression} is no tensor")
+            reject()
         self.lines.append(f"{name} = {expression}")
         return name
 

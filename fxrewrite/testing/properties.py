@@ -122,6 +122,9 @@ def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None
 
 def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -> str | None:
     """An anchor of the model that the report says nothing of, or more than one thing."""
+    # A quiet rule's anchors are told of only where its chain was found.
+    rules = [rule for rule in rules if not rule.quiet]
+    loud = {rule.name for rule in rules}
     anchors = [rule.pattern.steps[rule.pattern.anchor] for rule in rules]
     kinds = tuple(kind for step in anchors for kind in step.modules)
     graph, constants = trace(model, [k for rule in rules for k in rule.pattern.module_types])
@@ -144,7 +147,8 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             calls[name or type(module).__name__] += 1
             if not _is_told(report, name or type(module).__name__):
                 return f"nothing is said of {name}, which is never called"
-    declined = Counter(each.anchor for each in (*report.refused, *report.missed))
+    findings = (each for each in (*report.refused, *report.missed) if each.rule in loud)
+    declined = Counter(each.anchor for each in findings)
     twice = [name for name, count in declined.items() if count > calls[name]]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 

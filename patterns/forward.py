@@ -1,0 +1,149 @@
+"""Fold into a layer what follows it: a norm, or a sum or product with a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import fxrewrite as fxr
+
+from . import constants, norms
+from .affine import (
+    Layer,
+    out_channels,
+    scaled_and_shifted,
+    spatial_rank,
+)
+from .norms import Norm
+from .spellings import PERMUTE, Idle
+
+_HALF = (torch.float16, torch.bfloat16)
+_DECIDES = "example_inputs would decide it"
+
+
+@fxr.pattern(anchor="norm")
+class LayerNormed:
+    """A layer whose only reader is a norm; what does nothing may stand between."""
+
+    layer: (
+        nn.Conv1d | nn.Conv2d | nn.Conv3d
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+    )  # fmt: skip
+    idle: tuple[Idle, ...]
+    between: fxr.Value
+    norm: Norm
+
+
+@fxr.pattern(anchor="by")
+class LayerScaled:
+    """A layer whose output meets a constant, its dimensions permuted first or not."""
+
+    layer: (
+        nn.Conv1d | nn.Conv2d | nn.Conv3d
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+    )  # fmt: skip
+    idle: tuple[Idle, ...]
+    permute: fxr.Call | None = fxr.call(*PERMUTE, chain="input", side_inputs=False)
+    between: fxr.Value
+    by: fxr.Call = fxr.call(*constants.ARITHMETIC, side_inputs=False)
+
+
+def same_channels(m: LayerNormed) -> str | None:
+    """What the norm takes for channels must be what the layer makes."""
+    return along_channels(m.layer, m.norm, m.between, out_channels(m.layer))
+
+
+def along_channels(layer: Layer, norm: nn.Module, between: fxr.Value, channels: int) -> str | None:
+    """Why the dimension along which a norm scales is not that of a layer's channels, or None."""
+    kinds = type(norm).__name__, type(layer).__name__
+    dims, wanted = norms.dims_of(norm), spatial_rank(layer)
+    if wanted == 0 and dims is not None and dims > 1:
+        return f"a {kinds[0]} does not normalise the features of a {kinds[1]}"
+    if wanted > 0 and dims not in (wanted, None):
+        return f"a {kinds[0]} does not normalise the channels of a {kinds[1]}"
+    rank = between.rank
+    if rank is None and wanted == 0:
+        return (
+            f"whether a {kinds[0]} normalises the features of a {kinds[1]} depends on the rank of "
+            f"what is between, which is not known; {_DECIDES}"
+        )
+    if rank is not None and rank != wanted + 2:
+        return (
+            f"a {kinds[0]} normalises dimension 1 of the {rank}-d tensor between, which is not "
+            f"that of the {kinds[1]}'s channels"
+        )
+    found = norms.vectors(norm)
+    if isinstance(found, str):
+        return found
+    if len(found[0]) != channels:
+        return f"{channels} channels can't be normalised by {len(found[0])} features"
+    return None
+
+
+def same_types(m: LayerNormed) -> str | None:
+    """The types must be such that the folded layer's result has the norm's type."""
+    return alike(m.layer, m.norm)
+
+
+def alike(layer: Layer, norm: nn.Module) -> str | None:
+    """Why a layer and a norm are not of one type and on one device, or None."""
+    own, held = layer.weight, norms.tensors_of(norm)
+    devices = {each.device for each in (own, *held)}
+    if len(devices) > 1:
+        return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
+    found = {each.dtype for each in held}
+    # Torch lets a batch norm in float32 follow a layer in half precision, and gives half.
+    mixed = norms.takes_half(norm) and found == {torch.float32} and own.dtype in _HALF
+    if found == {own.dtype} or mixed:
+        return None
+    types = " and ".join(sorted(str(each).removeprefix("torch.") for each in found))
+    return (
+        f"the layer is in {str(own.dtype).removeprefix('torch.')} and the norm in "
+        f"{types or 'no type, since it holds no tensors'}"
+    )
+
+
+@fxr.rule(where=[same_types, same_channels], pure=True)
+def fold_norm(m: LayerNormed) -> fxr.Replace | fxr.Revise:
+    """Scale and shift in the layer what the norm would; an activation of the norm's own stays."""
+    found = norms.vectors(m.norm)
+    assert not isinstance(found, str)
+    folded = scaled_and_shifted(m.layer, *found)
+    rest = norms.rest_of(m.norm)
+    if rest is None:
+        return fxr.Replace(folded, slot="layer")
+    return fxr.Revise(layer=folded, idle=None, norm=rest)
+
+
+def per_channel(m: LayerScaled) -> str | None:
+    """The constant must do the same to all of a channel, and change nothing but numbers."""
+    found = _vectors(m)
+    return found if isinstance(found, str) else None
+
+
+@fxr.rule(where=[per_channel], pure=True, quiet=True)
+def fold_constant(m: LayerScaled) -> fxr.Revise:
+    """Scale and shift in the layer what the constant would; a permutation between them stays."""
+    found = _vectors(m)
+    assert not isinstance(found, str)
+    return fxr.Revise(layer=scaled_and_shifted(m.layer, *found), idle=None, by=None)
+
+
+def _vectors(m: LayerScaled) -> constants.Vectors | str:
+    from_end, rank = spatial_rank(m.layer) + 1, m.between.rank
+    if m.permute is not None:
+        dims = m.permute.kwargs.get("dims")
+        if not isinstance(dims, tuple | list) or not all(isinstance(each, int) for each in dims):
+            return "the dimensions are permuted in a way that is not known"
+        rank = len(dims)
+        if rank < from_end:
+            return (
+                f"the dimensions of a {rank}-d tensor are permuted, which the layer does not make"
+            )
+        from_end = rank - [each % rank for each in dims].index(rank - from_end)
+    return constants.vectors(m.by, where(m.layer, out_channels(m.layer), from_end, rank))
+
+
+def where(layer: Layer, channels: int, from_end: int, rank: int | None) -> constants.Where:
+    """What a constant meets beside a layer."""
+    return constants.Where(channels, from_end, rank, layer.weight.dtype, layer.weight.device)

@@ -1,0 +1,30 @@
+"""The rule sets that gather others: all that folds, and all that makes a model cheaper to run."""
+
+from __future__ import annotations
+
+import fxrewrite as fxr
+
+from .backward import fold_constant_before, fold_norm_before
+from .cleanup import cleanup
+from .forward import fold_constant, fold_norm
+from .products import multiply_conv, multiply_linear
+
+# A norm or constant between two layers goes into the one before it: that rule comes first.
+affine = fxr.RuleSet(
+    "affine",
+    [
+        fold_norm,
+        fold_constant,
+        fold_norm_before,
+        fold_constant_before,
+        multiply_linear,
+        multiply_conv,
+    ],
+    doc="Fold norms and constants into the layers beside them, and layers into one another.",
+)
+
+inference = fxr.RuleSet(
+    "inference",
+    [*affine.rules, *cleanup.rules],
+    doc="All that is exact and never slower: affine and cleanup.",
+)

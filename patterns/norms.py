@@ -1,0 +1,155 @@
+"""Norms that are a fixed scale and shift per channel in eval mode, and how to add one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import attrs
+import torch
+from torch import nn
+
+import fxrewrite as fxr
+
+from .affine import scale_and_shift, wide
+
+Vectors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+Adapter: TypeAlias = Callable[[Any], "Vectors | str"]
+F = TypeVar("F", bound=Adapter)
+
+
+class Norm(fxr.Family):
+    """A norm whose scale and shift per channel are known."""
+
+
+@attrs.frozen
+class _Known:
+    """What there is to know of a kind of norm.
+
+    Args:
+        adapter: gives its scale and shift, or the reason why it has none.
+        dims: how many dimensions follow the channels in what it reads; None for any number.
+        half: whether it may read half precision with tensors in float32, and gives half.
+        rest: the names of children that it calls on the result, in order.
+    """
+
+    adapter: Adapter
+    dims: int | None = None
+    half: bool = False
+    rest: tuple[str, ...] = ()
+
+
+def foldable(kind: type[nn.Module] | str, *, dims: int | None = None) -> Callable[[F], F]:
+    """Make a kind of norm foldable: the function decorated gives its scale and shift per channel.
+
+    In eval mode, the norm must compute `x * scale + shift` along dimension 1 of its input, the
+    first being the batch, and give the type of its tensors, which must be that of the input.
+
+    >>> class Whiten(nn.Module):
+    ...     def __init__(self, channels):
+    ...         super().__init__()
+    ...         self.mean = nn.Buffer(torch.zeros(channels))
+    ...         self.std = nn.Buffer(torch.ones(channels))
+    ...     def forward(self, x):
+    ...         return (x - self.mean[:, None, None]) / self.std[:, None, None]
+    >>> @foldable(Whiten)
+    ... def whiten(norm):
+    ...     return 1 / norm.std, -norm.mean / norm.std
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), Whiten(8)).eval()
+    >>> fxr.rewrite(model, "affine")[0]
+    Sequential(
+      (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
+    )
+
+    Args:
+        kind: the module's type, or its name with that of the module that defines it, so that
+            nothing needs to be imported for it. Subclasses count if they override nothing.
+        dims: how many dimensions follow the channels in what the norm reads; by default any number.
+
+    Returns:
+        a decorator. The function gets a copy of the norm with its tensors in float64 (complex128
+        for complex ones), and returns two vectors of shape (C,), or the reason as a string why
+        this norm is no fixed scale and shift.
+    """
+
+    def declare(adapter: F) -> F:
+        Norm.add(kind, _Known(lambda norm: adapter(_widened(norm)), dims))
+        return adapter
+
+    return declare
+
+
+def vectors(norm: nn.Module) -> Vectors | str:
+    """A norm's scale and shift, of shape (C,), or the reason why it has none."""
+    found = _known(norm).adapter(norm)
+    if isinstance(found, str):
+        return found
+    scale, shift = found
+    if scale.dim() != 1 or scale.shape != shift.shape:
+        shapes = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
+        return f"the scale and shift of {type(norm).__name__} are of shape {shapes}, not one (C,)"
+    return scale, shift
+
+
+def dims_of(norm: nn.Module) -> int | None:
+    """How many dimensions follow the channels in what a norm reads; None for any number."""
+    return _known(norm).dims
+
+
+def takes_half(norm: nn.Module) -> bool:
+    """Whether a norm in float32 may read half precision, and gives half."""
+    return _known(norm).half
+
+
+def rest_of(norm: nn.Module) -> nn.Module | None:
+    """What a norm does after it has normalised, as a module, or None."""
+    children = [getattr(norm, name, None) for name in _known(norm).rest]
+    rest = [each for each in children if each is not None and not isinstance(each, nn.Identity)]
+    return None if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+
+
+def tensors_of(norm: nn.Module) -> list[torch.Tensor]:
+    """The tensors that a norm itself computes with."""
+    held = (*norm._parameters.values(), *norm._buffers.values())
+    return [t for t in held if t is not None and (t.is_floating_point() or t.is_complex())]
+
+
+def _known(norm: nn.Module) -> _Known:
+    known: _Known = Norm.known_of(norm)
+    return known
+
+
+def _widened(norm: nn.Module) -> nn.Module:
+    changes = {
+        name: tensor.detach().to(wide(tensor.dtype), copy=True)
+        for name, tensor in (*norm._parameters.items(), *norm._buffers.items())
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+    }
+    return fxr.evolve(norm, **changes)
+
+
+def _running(norm: Any) -> Vectors | str:
+    """The batch norms, and what computes as they do."""
+    if norm.running_mean is None or norm.running_var is None:
+        return f"the {type(norm).__name__} keeps no running statistics and uses those of its input"
+    return scale_and_shift(norm)
+
+
+_BY_TYPE: dict[type[nn.Module], int | None] = {
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+}
+for _kind, _dims in _BY_TYPE.items():
+    Norm.add(_kind, _Known(_running, _dims, half=True))
+for _kind, _dims in {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}.items():
+    Norm.add(_kind, _Known(_running, _dims))
+
+# Other libraries' norms are named, so that nothing is imported for them.
+_FROZEN = _Known(_running, 2)
+Norm.add("torchvision.ops.misc.FrozenBatchNorm2d", _FROZEN)
+_THEN = ("drop", "act")
+Norm.add("timm.layers.norm_act.BatchNormAct2d", _Known(_running, 2, half=True, rest=_THEN))
+Norm.add("timm.layers.norm_act.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
+Norm.add("timm.layers.norm_act.FrozenBatchNormAct2d", _Known(_running, 2, rest=_THEN))

@@ -1,0 +1,241 @@
+"""The rule sets affine and inference: what folds, in which direction, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import nets
+import pytest
+import torch
+import torchvision
+from checks import Record, largest_error, outputs
+from fxrewrite.patterns.norms import Norm, foldable
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import Forward, X, bn, conv
+from torch import nn
+
+import fxrewrite as fxr
+from fxrewrite.testing import check_rule
+
+AFFINE = fxr.get_rule_set("affine")
+
+
+def rewritten(
+    model: nn.Module, x: torch.Tensor = X, applied: int | None = None, rules: Any = "affine"
+) -> tuple[Any, fxr.Report]:
+    """The model rewritten, held to equal outputs in float64 and to leaving the model alone."""
+    model, x = nets.randomise(model).double(), x.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if torch.equal(parameter, torch.ones_like(parameter)):
+                parameter.copy_(torch.randn_like(parameter))
+    expected, before = outputs(copy.deepcopy(model), x), Record(model)
+    made, report = fxr.rewrite(model, rules, x)
+    before.assert_unchanged(versions=False)
+    assert applied in (None, len(report.applied)), report
+    assert largest_error(expected, outputs(made, x)) <= 1e-9, report
+    assert not fxr.plan(made, rules, x).applied
+    return made, report
+
+
+@pytest.mark.parametrize("rule", AFFINE.rules, ids=lambda rule: rule.name)
+def test_each_rule_is_sound(rule: Any) -> None:
+    """On models drawn around its pattern each rule keeps the outputs, and all that is promised."""
+    check_rule(rule, max_examples=40, must_apply=False)
+
+
+CONVS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+@given(
+    st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.data()
+)
+def test_a_transposed_convolution_before_a_norm(
+    rank: int, groups: int, wide: int, narrow: int, data: Any
+) -> None:
+    """Scaled along its output channels group by group, whatever stride, padding and remainder."""
+    stride = data.draw(st.integers(1, 3))
+    options: dict[str, Any] = {
+        "kernel_size": data.draw(st.integers(1, 3)),
+        "stride": stride,
+        "padding": data.draw(st.integers(0, 1)),
+        "output_padding": data.draw(st.integers(0, stride - 1)),
+        "groups": groups,
+        "bias": data.draw(st.booleans()),
+    }
+    layer = CONVS[rank](groups * wide, groups * narrow, **options)
+    model = nn.Sequential(layer, nets.BATCH_NORMS[rank](groups * narrow))
+    x = nets.random_input((2, groups * wide, *[4] * rank))
+    rewritten(model, x, applied=1)
+
+
+def test_a_linear_layer_before_a_batch_norm_needs_to_know_the_rank() -> None:
+    """On N x C the features are normalised, on N x L x C others; without a shape it is refused."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    rewritten(model, torch.randn(3, 4), applied=1)
+    _, report = rewritten(model, torch.randn(3, 4, 4), applied=0)
+    assert "normalises dimension 1 of the 3-d tensor" in report.why("1")
+    assert "example_inputs would decide it" in fxr.plan(model, "affine").why("1")
+
+
+def test_a_lazy_layer_that_has_run() -> None:
+    """Once its parameters are there, a lazy convolution is a convolution."""
+    model = nn.Sequential(nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d())
+    model(X.float())
+    rewritten(model, applied=1)
+
+
+class Affine(nn.Module):
+    """A norm of one's own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain, self.offset = (nn.Parameter(torch.randn(channels)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain[:, None, None] + self.offset[:, None, None]
+
+
+@pytest.fixture
+def _own_norm() -> Any:
+    foldable(Affine, dims=2)(lambda norm: (norm.gain, norm.offset))
+    yield
+    del Norm._members[Affine]
+
+
+@pytest.mark.usefixtures("_own_norm")
+@pytest.mark.parametrize("before", [False, True])
+def test_a_norm_of_ones_own(before: bool) -> None:
+    """Three lines make a norm foldable, behind a convolution and before one."""
+    layers = [Affine(4), nn.Conv2d(4, 4, 3)] if before else [nn.Conv2d(4, 4, 3), Affine(4)]
+    made, _ = rewritten(nn.Sequential(*layers), applied=1)
+    assert [type(each) for each in made.children()] == [nn.Conv2d]
+
+
+def frozen() -> nn.Module:
+    norm = torchvision.ops.FrozenBatchNorm2d(4)
+    for name, buffer in norm.named_buffers():
+        buffer.copy_(torch.rand(4) + 0.5 if name == "running_var" else torch.randn(4))
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm", [frozen, lambda: nn.SyncBatchNorm(4), bn], ids=["frozen", "sync", "batch norm"]
+)
+def test_other_norms(norm: Any) -> None:
+    """Torchvision's frozen batch norm and a synchronised one in eval mode fold as well."""
+    rewritten(nn.Sequential(conv(), norm()), applied=1)
+
+
+def test_a_norm_with_an_activation_leaves_the_activation() -> None:
+    """Of timm's BatchNormAct2d the norm goes, and drop and activation stay under its name."""
+    timm = pytest.importorskip("timm")
+    norm = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU)
+    made, _ = rewritten(Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=norm), applied=1)
+    assert isinstance(made.get_submodule("bn"), nn.SiLU)
+
+
+SCALES: dict[str, Any] = {
+    "x * gamma": lambda m, x: m.conv(x) * m.gamma,
+    "gamma * x": lambda m, x: m.gamma * m.conv(x),
+    "x + gamma": lambda m, x: m.conv(x) + m.gamma,
+    "x - gamma": lambda m, x: m.conv(x) - m.gamma,
+    "gamma - x": lambda m, x: m.gamma - m.conv(x),
+    "x / gamma": lambda m, x: m.conv(x) / m.gamma,
+    "x * 3": lambda m, x: m.conv(x) * 3,
+    "2 - x": lambda m, x: 2 - m.conv(x),
+    "-x": lambda m, x: -m.conv(x),
+    "add alpha": lambda m, x: torch.add(m.conv(x), m.gamma, alpha=3),
+    "sub alpha": lambda m, x: torch.sub(m.gamma, m.conv(x), alpha=2),
+    "in place": lambda m, x: m.conv(x).mul_(m.gamma),
+}
+
+
+@pytest.mark.parametrize("forward", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (1, 1, 1), ()], ids=str)
+def test_a_constant_behind_a_convolution(forward: Any, shape: tuple[int, ...]) -> None:
+    """Sums and products with one number per channel fold, on either side and by any spelling."""
+    gamma = nn.Parameter(torch.randn(shape) + 3)
+    rewritten(Forward(forward, conv=conv(), gamma=gamma), applied=1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape", "reason"),
+    [
+        (lambda m, x: m.gamma / m.conv(x), (4, 1, 1), "is not affine"),
+        (lambda m, x: m.conv(x) * m.gamma, (5,), "does not hold one number for each of the 4"),
+        (lambda m, x: m.conv(x) * m.gamma, (2, 4, 1, 1), "does not hold one number for each"),
+        (lambda m, x: m.conv(x) * m.gamma, (1, 1, 4, 1, 1), "adds a dimension"),
+    ],
+    ids=["divided by", "along the width", "per sample", "a dimension more"],
+)
+def test_a_constant_that_does_not_fit(forward: Any, shape: Any, reason: str) -> None:
+    """What is not one number per channel, or changes the shape, is refused with that reason."""
+    model = Forward(forward, conv=conv(), gamma=nn.Parameter(torch.randn(shape)))
+    _, report = rewritten(model, applied=0)
+    assert reason in str(report)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_norm_before_a_convolution(mode: str, padding: int) -> None:
+    """It folds unless the convolution pads with zeros, which are not shifted."""
+    layer = nn.Conv2d(4, 3, 3, padding=padding, padding_mode=mode)
+    exact = padding == 0 or mode != "zeros"
+    _, report = rewritten(nn.Sequential(nn.BatchNorm2d(4), layer), applied=int(exact))
+    assert exact or "pads with zeros" in report.why("0")
+
+
+def test_a_norm_without_a_shift_folds_over_a_padding_of_zeros() -> None:
+    """What is only scaled is zero where zeros are padded."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1))
+    nets.randomise(model)
+    with torch.no_grad():
+        model[0].running_mean.zero_()
+        model[0].bias.zero_()
+    made, _ = fxr.rewrite(model.double(), "affine", expect={"affine": 1})
+    assert largest_error(outputs(model, X), outputs(made, X)) <= 1e-9
+
+
+def test_a_norm_between_two_layers_goes_into_the_one_before() -> None:
+    """Where it could go both ways, forward wins."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 64, 3))
+    _, report = rewritten(model, applied=1)
+    assert report.applied[0].rule == "fold_norm"
+
+
+@pytest.mark.parametrize("sizes", [(8, 2, 8), (2, 8, 2), (4, 4, 4), (3, 1, 3)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_two_layers_become_one_only_if_it_is_smaller(kind: str, sizes: Any) -> None:
+    """The product has out x in weights, the two have more or fewer."""
+    a, b, c = sizes
+    pairs = {
+        "linear": [nn.Linear(a, b), nn.Linear(b, c)],
+        "conv": [nn.Conv2d(a, b, 1, bias=False), nn.Conv2d(b, c, 1)],
+    }
+    x = torch.randn(2, a) if kind == "linear" else torch.randn(2, a, 3, 3)
+    made, _ = rewritten(nn.Sequential(*pairs[kind]), x, applied=int(a * c < a * b + b * c))
+    weights = [each.weight.numel() for each in made.children()]
+    assert sum(weights) <= a * b + b * c
+
+
+def test_inference_is_affine_and_cleanup() -> None:
+    """One set does it all: a norm, a scale, a dropout and an identity are gone."""
+    model = Forward(
+        lambda m, x: m.same(m.drop(m.bn(m.conv(x)) * 2)),
+        conv=conv(), bn=bn(), drop=nn.Dropout(), same=nn.Identity(),
+    )  # fmt: skip
+    made, _ = rewritten(model, rules="inference")
+    assert [type(each) for each in made.children()] == [nn.Conv2d]
+
+
+def test_nothing_is_added_to_a_model_that_is_folded() -> None:
+    """A second rewrite with all that is exact leaves each node of a ResNet as it is."""
+    model = torchvision.models.resnet18().eval()
+    made, _ = fxr.rewrite(model, "inference", torch.randn(1, 3, 32, 32))
+    again, report = fxr.rewrite(made, "inference", torch.randn(1, 3, 32, 32))
+    assert not report.applied
+    assert [str(node) for node in again.graph.nodes] == [str(node) for node in made.graph.nodes]
+    assert len(made.graph.nodes) < len(torch.fx.symbolic_trace(model).graph.nodes)
