@@ -9,16 +9,18 @@ import attrs
 from torch import nn
 
 from .comparing import usual_error
-from .errors import VerificationError
+from .errors import FxRewriteError, InputError, VerificationError
 from .nested import mapped
-from .replaying import Replay, Script
+from .replaying import NOT_THE_SAME, Replay, Script
 from .report import Finding, Report
 from .ruleset import Rule
 from .running import in_float64, widened
+from .sites import in_one_line
 from .verifying import Progress, Verification, verify
 
 # In float64 a right rewrite agrees with its original to about this, relatively.
 _EXACT = 1e-9
+_SEARCHING = "searching for the site to blame"
 
 
 Rewriter: TypeAlias = Callable[[nn.Module, Any, Script], tuple[Any, Report]]
@@ -37,7 +39,10 @@ class Rewrite:
 
     def upto(self, sites: int) -> nn.Module:
         """The model with only the first sites rewritten, in the order in which they were."""
-        made: nn.Module = self.again(self.model, self.example_inputs, Replay(self.script, sites))[0]
+        replay = Replay(self.script, sites)
+        made: nn.Module = self.again(self.model, self.example_inputs, replay)[0]
+        if len(replay.applied) < sites:
+            raise FxRewriteError(NOT_THE_SAME)
         return made
 
     def of(self, model: nn.Module, example_inputs: Any) -> Rewrite:
@@ -49,7 +54,7 @@ class Rewrite:
 
 @attrs.frozen(eq=False)
 class Guilty:
-    """A rewritten site that makes the model's outputs differ, and the rule that rewrote it.
+    """A rewritten site that makes the models differ, and the rule that rewrote it.
 
     `adds_up` says that the site is only the one where many small differences came to be too much.
     """
@@ -61,37 +66,47 @@ class Guilty:
     def __str__(self) -> str:
         """Rule and site in words."""
         source = f" ({self.rule.source})" if self.rule.source else ""
-        chain = " -> ".join(to for _, to in self.finding.steps)
         became = self.finding.became or "nothing"
-        return f"rule {self.rule.name!r}{source} at {chain}, which became {became}"
+        return f"rule {self.rule.name!r}{source} at {in_one_line(self.finding.steps)}, now {became}"
 
 
 @attrs.frozen(eq=False)
 class Localisation:
     """How a rewritten model compares with its original, and which sites are to blame if it differs.
 
-    `guilty` is in the order in which the sites were rewritten, and empty where the models are the
-    same, or differ before any rule is applied. `may_be_more` says that the search stopped after
-    the sites named, and `in_float64` that it was done in a float64 copy of the model.
+    `exact` compares a float64 copy of the model with what the same rules make of that; it is None
+    where there was no need of it, or no way. `guilty` is in the order in which the sites were
+    rewritten, and empty where the models are the same, or differ before any rule is applied.
+    `may_be_more` says that the search ended after the sites that are named, `obstacle` why there
+    could be none.
     """
 
     verification: Verification
+    exact: Verification | None = None
     guilty: tuple[Guilty, ...] = ()
     may_be_more: bool = False
-    in_float64: bool = False
+    obstacle: str = ""
 
     def __str__(self) -> str:
-        """The verdict in words, with the guilty sites in a list."""
+        """The verdict in words, then the guilty sites."""
         if self.verification.same:
             return f"the rewritten model gives what the original gives: {self.verification}"
         lines = [f"the rewritten model differs from the original: {self.verification}"]
-        if not self.guilty:
-            lines.append("no rule is to blame; the traced graph differs before any is applied")
+        if self.exact is not None and self.exact.same:
+            lines.append(
+                "the same rules are right on a float64 copy of the model, so this is rounding, or "
+                "a rule that is wrong for this dtype only"
+            )
+        elif self.exact is not None:
+            said = self.exact.mismatch or self.exact.worst
+            lines.append(f"so it does in float64, where rounding hides nothing: {said}")
         for each in self.guilty:
-            what = "the differences add up until" if each.adds_up else "to blame is"
+            what = "many sites add to it, the last is" if each.adds_up else "to blame is"
             lines.append(f"{what} {each}")
-        if self.in_float64:
-            lines.append("found in float64, where rounding hides nothing")
+        if self.obstacle:
+            lines.append(f"the sites to blame can't be searched for: {self.obstacle}")
+        elif not self.guilty:
+            lines.append("no rule is to blame; the traced graph differs before any is applied")
         if self.may_be_more:
             lines.append("there may be more; the search ended here")
         return "\n".join(lines)
@@ -109,37 +124,43 @@ def localised(
 ) -> Localisation:
     """Verify a rewrite, and if the models differ, search for the sites that are to blame.
 
-    In float64 a right site differs by next to nothing, so where the model can run in it, its
-    float64 copy is rewritten and searched first.
+    In float64 a right site differs by next to nothing. So where the model can run in it, a float64
+    copy of it is rewritten, and searched first.
     """
     verification = verify(rewrite.model, rewrite.made, inputs, progress=progress)
     if verification.same:
         return Localisation(verification)
-    exact = _exact_search(rewrite, inputs, progress)
-    if exact is not None and (guilty := exact.guilty(most)):
-        return Localisation(verification, guilty, exact.may_be_more, in_float64=True)
-    search = _Search(rewrite, inputs, progress)
-    return Localisation(verification, search.guilty(most), search.may_be_more)
+    exact, search = _in_float64(rewrite, inputs, progress)
+    try:
+        if search is not None and (guilty := search.guilty(most)):
+            return Localisation(verification, exact, guilty, search.may_be_more)
+        search = _Search(rewrite, inputs, progress)
+        guilty = search.guilty(most)
+    except FxRewriteError as error:
+        return Localisation(verification, exact, obstacle=str(error))
+    return Localisation(verification, exact, guilty, search.may_be_more)
 
 
-def _exact_search(rewrite: Rewrite, inputs: Any, progress: Progress | None) -> _Search | None:
-    """A search in the float64 copy of the model, if it can run and differs there too."""
+def _in_float64(
+    rewrite: Rewrite, inputs: Any, progress: Progress | None
+) -> tuple[Verification | None, _Search | None]:
+    """How the rewritten float64 copy compares, and a search in it, if it differs."""
     try:
         wide = in_float64(rewrite.model, inputs)
         if wide is None:
-            return None
-        exact = rewrite.of(wide[0], mapped(widened, rewrite.example_inputs))
-        apart = verify(exact.model, exact.made, wide[1], rtol=_EXACT)
+            return None, None
+        again = rewrite.of(wide[0], mapped(widened, rewrite.example_inputs))
+        exact = verify(again.model, again.made, wide[1], rtol=_EXACT)
     except Exception:  # whatever stands in the way, there is the model's own dtype to search in
-        return None
-    if apart.same:
-        return None
+        return None, None
+    if exact.same:
+        return exact, None
     # A rule may round to the model's dtype by itself, which is no mistake.
     tensors = (*rewrite.model.parameters(), *rewrite.model.buffers())
     rounding = max((usual_error(each.dtype) for each in tensors), default=_EXACT)
-    apart_by = max((each.difference for each in apart.tensors), default=rounding)
-    rtol = max(_EXACT, min(rounding, apart_by / 10))
-    return _Search(exact, wide[1], progress, rtol)
+    apart = max((each.difference for each in exact.tensors), default=rounding)
+    rtol = max(_EXACT, min(rounding, apart / 10))
+    return exact, _Search(again, wide[1], progress, rtol)
 
 
 class _Search:
@@ -163,31 +184,47 @@ class _Search:
         self._sites = len(rewrite.script.applied)
         self._models: dict[int, nn.Module] = {self._sites: rewrite.made}
         self._compared = 0
+        self._expected = 0
 
     def guilty(self, most: int) -> tuple[Guilty, ...]:
         """The sites that make a difference, the first ones in the order of the rewrite."""
-        if not self._same(self._rewrite.model, self._upto(0)):
-            return ()
+        # For each site found, a bisection and three more comparisons.
+        self._expected = 1 + most * (self._sites.bit_length() + 3)
         found: list[Guilty] = []
-        done, last = 0, self._sites
-        # From a guilty site on, the comparison is with what that site made of the model.
-        while not self._same(self._upto(done), self._upto(last)):
-            if len(found) == most or (done and not self._same(self._upto(done), self._upto(done))):
-                self.may_be_more = True
-                break
-            good, bad = done, last
-            while bad - good > 1:
-                middle = (good + bad) // 2
-                if self._same(self._upto(done), self._upto(middle)):
-                    good = middle
-                else:
-                    bad = middle
-            rule, finding = self._rewrite.script.applied[bad - 1]
-            alone = None if self._rtol is None else self._rtol / self._sites
-            adds_up = self._same(self._upto(bad - 1), self._upto(bad), alone)
-            found.append(Guilty(rule, finding, adds_up))
-            done = bad
+        done = 0
+        if self._same(self._rewrite.model, self._upto(0)):
+            # From a guilty site on, the comparison is with what that site made of the model.
+            while self._differs_after(done):
+                if len(found) == most or (done and not self._tells(done)):
+                    self.may_be_more = True
+                    break
+                done = self._first_after(done)
+                rule, finding = self._rewrite.script.applied[done - 1]
+                alone = None if self._rtol is None else self._rtol / self._sites
+                adds_up = self._same(self._upto(done - 1), self._upto(done), alone)
+                found.append(Guilty(rule, finding, adds_up))
+        if self._progress is not None:
+            self._progress(_SEARCHING, self._expected, self._expected)
         return tuple(found)
+
+    def _differs_after(self, done: int) -> bool:
+        """Whether the sites after these make a difference, too."""
+        return done < self._sites and not self._same(self._upto(done), self._upto(self._sites))
+
+    def _tells(self, done: int) -> bool:
+        """Whether a model gives anything that another could be compared with."""
+        return self._same(self._upto(done), self._upto(done))
+
+    def _first_after(self, done: int) -> int:
+        """How many sites it takes to make a difference to what the first `done` give."""
+        good, bad = done, self._sites
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self._same(self._upto(done), self._upto(middle)):
+                good = middle
+            else:
+                bad = middle
+        return bad
 
     def _upto(self, sites: int) -> nn.Module:
         if sites not in self._models:
@@ -195,8 +232,10 @@ class _Search:
         return self._models[sites]
 
     def _same(self, one: nn.Module, other: nn.Module, rtol: float | None = None) -> bool:
-        self._compared += 1
         if self._progress is not None:
-            expected = self._compared + self._sites.bit_length()
-            self._progress("searching for the site", self._compared, expected)
-        return verify(one, other, self._inputs, rtol=rtol or self._rtol).same
+            self._progress(_SEARCHING, min(self._compared, self._expected), self._expected)
+        self._compared += 1
+        try:
+            return verify(one, other, self._inputs, rtol=rtol or self._rtol).same
+        except InputError:  # a guilty site may leave a model that raises
+            return False

@@ -18,6 +18,8 @@ from .sites import Site
 from .steps import Call, Value
 from .view import GraphView
 
+NOT_THE_SAME = "the model is not traced the same way twice, so no rewrite of it can be done again"
+
 
 class Script:
     """Asks the rules for each site, and notes what they answered and which sites were rewritten."""
@@ -62,10 +64,7 @@ class Replay(Script):
         """The answer of the time before, about the graph at hand."""
         known, at, answer = next(self._left, (None, "", ""))
         if known is None or known.name != rule.name or at != site.last.name:
-            raise FxRewriteError(
-                "the rewrite can't be done again in part: the model is not traced the same way "
-                f"twice, and differs at {site}"
-            )
+            raise FxRewriteError(NOT_THE_SAME)
         return answer if isinstance(answer, str) else _moved(answer, view)
 
 
