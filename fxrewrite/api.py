@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -82,11 +82,7 @@ def rewrite(
     report.check(expect or {})
     if verify is not None and verify is not False:
         inputs = example_inputs if verify is True else verify
-        one, other = model, made
-        if isinstance(model, ExportedProgram):
-            one, other = model.module(), made.module()
-        pair = Rewrite(cast(nn.Module, one), other, script, example_inputs, rewriter)
-        check_rewrite(pair, inputs, progress)
+        check_rewrite(Rewrite(model, made, script, example_inputs, rewriter), inputs, progress)
     return made, report
 
 
@@ -113,7 +109,7 @@ def plan(
 
 
 def localise(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     rules: Rules,
     inputs: Any,
     example_inputs: Any = None,

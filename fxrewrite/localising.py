@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import attrs
 from torch import nn
+from torch.export import ExportedProgram
 
 from .comparing import usual_error
 from .errors import FxRewriteError, InputError, VerificationError
@@ -23,27 +24,37 @@ _EXACT = 1e-9
 _SEARCHING = "searching for the site to blame"
 
 
-Rewriter: TypeAlias = Callable[[nn.Module, Any, Script], tuple[Any, Report]]
+Rewriter: TypeAlias = Callable[[Any, Any, Script], tuple[Any, Report]]
 """Makes the rewritten model out of a model, example inputs and a script."""
 
 
 @attrs.frozen(eq=False)
 class Rewrite:
-    """A rewrite that was done, with what it takes to do it again."""
+    """A rewrite of a model or exported program that was done, with what it takes to do it again."""
 
-    model: nn.Module
-    made: nn.Module
+    model: Any
+    made: Any
     script: Script
     example_inputs: Any
     again: Rewriter
 
+    @property
+    def original(self) -> nn.Module:
+        """The model as a module, to run."""
+        return _runnable(self.model)
+
+    @property
+    def rewritten(self) -> nn.Module:
+        """What it became, as a module, to run."""
+        return _runnable(self.made)
+
     def upto(self, sites: int) -> nn.Module:
         """The model with only the first sites rewritten, in the order in which they were."""
         replay = Replay(self.script, sites)
-        made: nn.Module = self.again(self.model, self.example_inputs, replay)[0]
+        made, _ = self.again(self.model, self.example_inputs, replay)
         if len(replay.applied) < sites:
             raise FxRewriteError(NOT_THE_SAME)
-        return made
+        return _runnable(made)
 
     def of(self, model: nn.Module, example_inputs: Any) -> Rewrite:
         """The same rules applied to another model."""
@@ -127,7 +138,7 @@ def localised(
     In float64 a right site differs by next to nothing. So where the model can run in it, a float64
     copy of it is rewritten, and searched first.
     """
-    verification = verify(rewrite.model, rewrite.made, inputs, progress=progress)
+    verification = verify(rewrite.original, rewrite.rewritten, inputs, progress=progress)
     if verification.same:
         return Localisation(verification)
     exact, search = _in_float64(rewrite, inputs, progress)
@@ -182,7 +193,7 @@ class _Search:
         self._progress = progress
         self._rtol = rtol
         self._sites = len(rewrite.script.applied)
-        self._models: dict[int, nn.Module] = {self._sites: rewrite.made}
+        self._models: dict[int, nn.Module] = {self._sites: rewrite.rewritten}
         self._compared = 0
         self._expected = 0
 
@@ -192,7 +203,7 @@ class _Search:
         self._expected = 1 + most * (self._sites.bit_length() + 3)
         found: list[Guilty] = []
         done = 0
-        if self._same(self._rewrite.model, self._upto(0)):
+        if self._same(self._rewrite.original, self._upto(0)):
             # From a guilty site on, the comparison is with what that site made of the model.
             while self._differs_after(done):
                 if len(found) == most or (done and not self._tells(done)):
@@ -239,3 +250,8 @@ class _Search:
             return verify(one, other, self._inputs, rtol=rtol or self._rtol).same
         except InputError:  # a guilty site may leave a model that raises
             return False
+
+
+def _runnable(model: Any) -> nn.Module:
+    module: nn.Module = model.module() if isinstance(model, ExportedProgram) else model
+    return module
