@@ -78,7 +78,8 @@ class Guilty:
         """Rule and site in words."""
         source = f" ({self.rule.source})" if self.rule.source else ""
         became = self.finding.became or "nothing"
-        return f"rule {self.rule.name!r}{source} at {in_one_line(self.finding.steps)}, now {became}"
+        chain = in_one_line(self.finding.steps)
+        return f"rule {self.rule.name!r}{source} at {chain}, which became {became}"
 
 
 @attrs.frozen(eq=False)
