@@ -6,6 +6,7 @@ asks the destination whether the site may land there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import nn
@@ -46,8 +47,10 @@ class IntoModules:
     the others, so that names, indices and code that mentions them stay valid.
     """
 
-    def __init__(self, view: GraphView) -> None:
+    def __init__(self, view: GraphView, elsewhere: Collection[int] = ()) -> None:
+        """Of a view, and the identities of modules that more than its graph calls."""
         self._view = view
+        self._elsewhere = elsewhere
         self._before = self._called()
 
     def refusal(
@@ -78,6 +81,11 @@ class IntoModules:
                 return (
                     f"{name} is used elsewhere too, and one module can't be both what it was and "
                     f"what it becomes; {_ELSEWHERE}"
+                )
+            if id(module) in self._elsewhere:
+                return (
+                    f"{name} may also be called by code that could not be traced, or by another "
+                    "part of the model, so it has to stay what it is"
                 )
         if isinstance(action, Replace) and slot is not None:
             return written_meanwhile(site, slot.node, view, effects)

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from .applying import apply, apply_to_parts
 from .copying import copied
 from .destination import IntoGraph, IntoModules
+from .elsewhere import used_elsewhere
 from .exported import Program
 from .partial import Parts
 from .replaying import Script
@@ -59,7 +60,8 @@ class Rewriter:
                 applied = apply(views[0], self.rule_sets, IntoGraph(), script)
                 made: nn.Module = graph_module(views[0])
             else:
-                trees = {view: IntoModules(view) for view in views}
+                elsewhere = used_elsewhere(model, parts.parts, parts.stops)
+                trees = {view: IntoModules(view, elsewhere) for view in views}
                 stops = tuple(parts.stops.values())
                 applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
                 replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
