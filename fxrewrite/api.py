@@ -122,6 +122,7 @@ def localise(
 ) -> Localisation:
     """Rewrite a model, verify the result, and name the rules and sites that make a difference.
 
+    >>> import torch
     >>> import fxrewrite as fxr
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
     >>> fxr.localise(model, "conv_bn", torch.ones(1, 3, 4, 4)).guilty

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from .actions import Action, Replace, Revise
+from .actions import Action, Bypass, Replace, Revise
 from .effects import Effects, hands_on
 from .sites import Link, Site, describe, name_of
 from .soundness import written_meanwhile
@@ -68,6 +68,8 @@ class IntoModules:
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
                     f"it is in a module tree; {_ELSEWHERE}"
                 )
+        if isinstance(action, Bypass) and all(type(each.module) is nn.Identity for each in changed):
+            return "it is an Identity already, and something has to stand there"
         if isinstance(action, Call):
             return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
         if isinstance(action, Replace) and action.inputs:

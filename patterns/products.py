@@ -86,6 +86,7 @@ def composed(first: Any, second: Any) -> Any:
     With weights V of the second and W of the first, and biases c and b, it has the weight V W and
     the bias V b + c, group by group.
 
+    >>> import torch
     >>> first, second = nn.Linear(8, 4), nn.Linear(4, 2)
     >>> x = torch.randn(3, 8)
     >>> torch.allclose(composed(first, second)(x), second(first(x)), atol=1e-6)

@@ -73,3 +73,12 @@ def test_what_depends_on_the_input_needs_an_example(name: str) -> None:
     report = fxr.plan(model_of(GONE[name]), "cleanup")
     assert not report.applied
     assert "example_inputs would decide it" in str(report)
+
+
+def test_in_a_module_tree_a_dropout_becomes_an_identity_and_stays_one() -> None:
+    """Something has to stand where the forward calls it, and a second rewrite changes nothing."""
+    made, _ = fxr.rewrite(model_of(GONE["dropout"]), "cleanup", into="modules")
+    assert type(made.drop) is nn.Identity
+    report = fxr.plan(made, "cleanup", into="modules")
+    assert not report.applied
+    assert "something has to stand there" in report.why("drop")
