@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -82,7 +82,7 @@ def in_float64(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
     if all(_wide_dtype(each.dtype) == each.dtype for each in tensors):
         return None
     wide: nn.Module = copy.deepcopy(model)._apply(widened)  # type: ignore[no-untyped-call]
-    return wide, mapped(widened, inputs)
+    return wide, _each_once(widened, inputs)
 
 
 def widened(value: Any) -> Any:
@@ -94,17 +94,8 @@ def widened(value: Any) -> Any:
 
 
 def cloned(inputs: Any) -> Any:
-    """The inputs with each tensor cloned, one that is given twice only once."""
-    known: dict[int, torch.Tensor] = {}
-
-    def clone(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) not in known:
-            known[id(value)] = value.detach().clone()
-        return known[id(value)]
-
-    return mapped(clone, inputs)
+    """The inputs with each tensor cloned."""
+    return _each_once(lambda tensor: tensor.detach().clone(), inputs)
 
 
 def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,6 +108,20 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def short(dtype: torch.dtype) -> str:
     """A dtype's name without `torch.`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _each_once(function: Callable[[torch.Tensor], torch.Tensor], inputs: Any) -> Any:
+    """The inputs with other tensors; one that is given twice is one tensor again."""
+    known: dict[int, torch.Tensor] = {}
+
+    def replaced(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in known:
+            known[id(value)] = function(value)
+        return known[id(value)]
+
+    return mapped(replaced, inputs)
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

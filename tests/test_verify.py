@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -220,3 +223,173 @@ def test_an_input_that_the_original_refuses_is_an_error() -> None:
     """Where the original itself raises there is nothing to verify."""
     with pytest.raises(InputError, match=r"\[1, 3\] float32: RuntimeError"):
         verify(nn.Linear(2, 2), nn.Linear(2, 2), (torch.ones(1, 3),))
+
+
+class ModelOutput(collections.OrderedDict[str, Any]):
+    """As Hugging Face's: a dataclass that is also a dictionary of those fields that are given."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+
+@dataclasses.dataclass
+class Logits(ModelOutput):
+    logits: Any = None
+    hidden: Any = None
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda x: Logits(logits=x), "output.logits"),
+        (lambda x: Logits(hidden=(x,)), "output.hidden[0]"),
+        (lambda x: Pair(0, {"a": x}), "output.second['a']"),
+        (lambda x: _Boxes([x], 3), "output.boxes[0]"),
+        (lambda x: collections.deque([x]), "output[0]"),
+        (lambda x: torch.nn.utils.rnn.PackedSequence(x, torch.tensor([2])), "output.data"),
+        (lambda x: (x.to_sparse(),), "output[0]"),
+        (lambda x: torch.return_types.max((x, x > 0)), "output[0]"),
+    ],
+)
+def test_outputs_of_all_kinds_are_looked_into(wrap: Callable[..., Any], name: str) -> None:
+    """A wrong tensor is found and named in whatever a model may return."""
+    assert _verdict(wrap, wrap).same
+    verdict = _verdict(wrap, lambda x: wrap(x * 1.01))
+    assert [check.name.partition("[0]")[0] for check in verdict.tensors if not check.same] == [
+        name.partition("[0]")[0]
+    ]
+    assert not verdict.same
+
+
+def test_an_output_that_lost_its_class_is_another_output() -> None:
+    """A dictionary in place of a model output has no attributes, so it is not the same."""
+    verdict = _verdict(lambda x: Logits(logits=x), lambda x: {"logits": x})
+    assert not verdict.same
+    assert "output was a Logits with .logits, .hidden and became a dict" in str(verdict)
+
+
+def test_writes_to_inputs_are_compared() -> None:
+    """A model that writes to its input must be rewritten to one that writes the same."""
+    doubles = _Gives(lambda x: (x.mul_(2), x.sum())[1])
+    verdict = verify(doubles, _Gives(lambda x: x.mul(2).sum()), _X)
+    assert not verdict.same
+    assert [each.name for each in verdict.tensors if not each.same] == ["input"]
+    assert verify(doubles, _Gives(lambda x: (x.add_(x), x.sum())[1]), _X).same
+    appends = _Gives(lambda x: (x.append(x[0]), x[0])[1])
+    verdict = verify(appends, _Gives(lambda x: x[0]), ([_X],))
+    assert "input[0] was a list with [0], [1] and became a list with [0]" in str(verdict)
+
+
+class _Counts(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.by = by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += self.by
+        return x + self.seen - self.by
+
+
+def test_writes_to_buffers_are_compared_and_put_back() -> None:
+    """Models that count in a buffer, even one that they share, start from the same count."""
+    original, rewritten, wrong = _Counts(1.0), _Counts(1.0), _Counts(2.0)
+    rewritten.seen = wrong.seen = original.seen
+    assert verify(original, rewritten, _X, trials=3).same
+    verdict = verify(original, wrong, _X)
+    assert [each.name for each in verdict.tensors if not each.same] == ["buffer seen"]
+    assert float(original.seen) == 0.0
+
+
+def test_a_model_in_training_mode_keeps_its_statistics() -> None:
+    """Statistics that a forward updates are compared, and are afterwards as before."""
+    bn = nn.BatchNorm1d(2).train()
+    other = copy.deepcopy(bn)
+    assert verify(bn, other, _X).same
+    other.momentum = 0.5
+    verdict = verify(bn, other, _X)
+    wrong = [each.name for each in verdict.tensors if not each.same]
+    assert wrong == ["buffer running_mean", "buffer running_var"]
+    assert not bn.running_mean.any()
+
+
+def test_another_memory_format_is_noted() -> None:
+    """Strides change no value, so they are no difference; but they are reported."""
+    x = torch.randn(2, 3, 4, 4)
+    channels_last = _Gives(lambda x: x.to(memory_format=torch.channels_last))
+    verdict = verify(_Gives(lambda x: x), channels_last, x)
+    assert verdict.same
+    assert verdict.notes == ("output was contiguous and became channels_last",)
+    assert verdict.notes[0] in str(verdict)
+    assert verify(channels_last, channels_last, x).notes == ()
+    transposed = verify(_Gives(lambda x: x.mT.contiguous()), _Gives(lambda x: x.mT), x)
+    assert transposed.notes == ("output was contiguous and became of strides [48, 16, 1, 4]",)
+
+
+def test_per_tensor_there_are_errors_dtype_shape_and_place() -> None:
+    """The report of a tensor says how far it is off, absolutely and relatively, and where."""
+
+    def off(x: torch.Tensor) -> torch.Tensor:
+        return x + 0.5 * (x == 3.7)
+
+    check = _verdict(lambda x: x, off).worst
+    assert (check.dtype, check.shape, check.at) == ("float32", (2, 2), (1, 0))
+    assert check.absolute == pytest.approx(0.5)
+    assert check.difference == pytest.approx(0.5 / 3.7)
+    assert check.original_error == 0.0
+    assert check.rewritten_error == pytest.approx(0.5 / 3.7)
+    assert "largest at [1, 0]" in str(check)
+    nan = _verdict(lambda x: x, lambda x: x.where(x < 3, _NAN)).worst
+    assert "1 of 4, first at [1, 0], where 3.7 became nan" in str(nan)
+
+
+def test_noise_and_error_have_different_verdicts() -> None:
+    """Where both agree in float64, or float32 tells nothing, the verdict is not `different`."""
+
+    def rounds_otherwise(x: torch.Tensor) -> torch.Tensor:
+        return x + 3e4 - 3e4
+
+    noisy = _verdict(lambda x: x.clone(), rounds_otherwise)
+    assert (noisy.verdict, noisy.same) == ("noisy", False)
+    assert "in float64 the two models are" in str(noisy)
+    hopeless = _verdict(lambda x: x + 1e9 - 1e9, lambda x: x + 3e9 - 3e9)
+    assert hopeless.verdict == "noisy"
+    wrong = _verdict(lambda x: x.clone(), lambda x: rounds_otherwise(x) * 1.01)
+    assert wrong.verdict == "different"
+    small = _verdict(lambda x: x.clone(), lambda x: x * (1 + 2.1e-6))
+    assert small.verdict == "different"
+
+
+def test_later_trials_draw_other_inputs() -> None:
+    """An error that the given input does not show is found by random ones, from a seed."""
+    wrong = _Gives(lambda x: x.where(x > -2.4, 0.0))
+    assert verify(_Gives(lambda x: x), wrong, _X).same
+    verdict = verify(_Gives(lambda x: x), wrong, _X, trials=50)
+    assert not verdict.same
+    assert 1 < verdict.trial <= verdict.trials == 50
+    assert verdict == verify(_Gives(lambda x: x), wrong, _X, trials=50)
+    right = verify(_Gives(lambda x: x), _Gives(lambda x: x * 1), _X, trials=3)
+    assert (right.same, right.trials) == (True, 3)
+
+
+def test_the_allowed_error_can_be_given() -> None:
+    """With `rtol` that is what is allowed, in place of what dtype and reference suggest."""
+    models = _Gives(lambda x: x.clone()), _Gives(lambda x: x * 1.001)
+    assert verify(*models, _X, rtol=1e-2).same
+    assert not verify(*models, _X, rtol=1e-4).same
+    assert not verify(*models, _X).same
+
+
+def test_verifying_needs_no_command_line_packages() -> None:
+    """The public functions import nothing that only the command line needs."""
+    code = (
+        "import sys, torch, fxrewrite as fxr\n"
+        "fxr.localise(torch.nn.ReLU(), 'conv_bn', fxr.random_inputs((2, 3)))\n"
+        "assert not {'typer', 'rich', 'safetensors'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
