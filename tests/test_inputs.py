@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
 from fxrewrite.nested import mapped
+from fxrewrite.running import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ def test_random_inputs_are_like_the_given_ones(like: Any, seed: int) -> None:
             assert old.min() <= new.min() <= new.max() <= old.max()
 
 
-def test_random_floats_have_the_mean_and_spread_seen() -> None:
-    """They are drawn as the given ones seem to be, and of a constant with spread 1 around 0."""
+def test_random_numbers_are_drawn_like_those_seen() -> None:
+    """Floats have their mean and spread (1 around 0 for a constant), integers their range."""
     seen = torch.randn(100, 100) * 3 + 20
     made = fxr.random_inputs(seen, seed=1)
     assert abs(made.mean() - 20) < 0.2
@@ -91,6 +92,8 @@ def test_random_floats_have_the_mean_and_spread_seen() -> None:
     of_zeros = fxr.random_inputs(torch.zeros(100, 100))
     assert abs(of_zeros.mean()) < 0.1
     assert abs(of_zeros.std() - 1) < 0.1
+    whole = fxr.random_inputs(torch.tensor([2, 9] * 500))
+    assert (whole.min(), whole.max(), len(whole.unique())) == (2, 9, 8)
     assert 0.4 < fxr.random_inputs(torch.zeros(1000, dtype=torch.bool)).float().mean() < 0.6
 
 
@@ -135,6 +138,21 @@ def test_inputs_come_in_several_forms(inputs: Any) -> None:
 
     assert fxr.verify(Scaled(), Scaled(), inputs).same
     assert not fxr.verify(Scaled(), nets.Forward(lambda _, x: x * 3), inputs).same
+
+
+def test_an_input_that_is_given_twice_is_one_tensor() -> None:
+    """What the model writes to one of its arguments shows in the other, in float64 as well."""
+
+    class Writes(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            x.add_(1)
+            return y * 1.0
+
+    x = torch.ones(2)
+    assert torch.equal(run(Writes(), (x, x)).output, torch.full((2,), 2.0))
+    check = fxr.verify(Writes(), Writes(), (x, x)).worst
+    assert check is not None
+    assert check.original_error == 0.0
 
 
 def test_what_is_nested_in_inputs_reaches_the_model_as_a_copy() -> None:

@@ -357,12 +357,14 @@ def test_noise_and_error_have_different_verdicts() -> None:
     noisy = _verdict(lambda x: x.clone(), rounds_otherwise)
     assert (noisy.verdict, noisy.same) == ("noisy", False)
     assert "in float64 the two models are" in str(noisy)
-    hopeless = _verdict(lambda x: x + 1e9 - 1e9, lambda x: x + 3e9 - 3e9)
+    hopeless = _verdict(lambda x: x + 1e9 - 1e9, lambda x: x.float() + 3e9 - 3e9)
     assert hopeless.verdict == "noisy"
+    assert hopeless.worst.float64_difference > 0.1
     wrong = _verdict(lambda x: x.clone(), lambda x: rounds_otherwise(x) * 1.01)
     assert wrong.verdict == "different"
-    small = _verdict(lambda x: x.clone(), lambda x: x * (1 + 2.1e-6))
-    assert small.verdict == "different"
+    for error, rtol in ((2.2e-6, None), (1.9e-6, 1e-6)):
+        models = _Gives(lambda x: x.clone()), _Gives(lambda x, error=error: x * (1 + error))
+        assert verify(*models, _X, rtol=rtol).verdict == "different"
 
 
 def test_later_trials_draw_other_inputs() -> None:
