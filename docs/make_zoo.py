@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 from torchvision import models
 
-from fxrewrite.sweep_row import WELL, Row, Table, general
+from fxrewrite.cli.sweep_row import WELL, Row, Table, general
 
 PAGE = Path(__file__).parent / "zoo.md"
 MARKER = "<!-- What follows is written by docs/make_zoo.py. -->\n"

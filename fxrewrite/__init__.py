@@ -7,7 +7,6 @@ it was.
 
 from .actions import Action, Bypass, Replace, Revise
 from .api import fuse, localise, plan, rewrite
-from .comparing import TensorCheck
 from .compiling import backend, inductor_pass
 from .declare import call, chain, pattern, pattern_of
 from .errors import (
@@ -24,8 +23,6 @@ from .errors import (
 )
 from .family import Family
 from .guards import known_rank, known_shape
-from .inputs import random_inputs
-from .localising import Guilty, Localisation
 from .modules import (
     _parent_name,
     delete_submodule,
@@ -35,12 +32,15 @@ from .modules import (
     replace_node_module,
     set_submodule,
 )
+from .proof.comparing import TensorCheck
+from .proof.inputs import random_inputs
+from .proof.localising import Guilty, Localisation
+from .proof.verifying import Verification, verify
 from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .restoring import load
 from .ruleset import Guard, Rule, RuleSet, rule
 from .steps import Call, Pattern, Step, Value
-from .verifying import Verification, verify
 
 __all__ = [
     "Action",

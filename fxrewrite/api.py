@@ -9,14 +9,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .errors import InputError
-from .localising import Localisation, Rewrite, check_rewrite, localised
+from .proof.localising import Localisation, Rewrite, check_rewrite, localised
+from .proof.verifying import Progress
 from .registry import Rules, resolve
 from .replaying import Script
 from .report import Report
 from .rewriting import Into, Rewriter
 from .ruleset import apart
-from .tracing import LeafModules
-from .verifying import Progress
+from .tracing.tracer import LeafModules
 
 
 def rewrite(

@@ -8,15 +8,15 @@ from typing import Any
 import attrs
 
 from .destination import Destination
+from .dialects.lifting import Lifting
+from .dialects.lowering import lower
 from .engine import Engine
-from .explaining import Stop
-from .lifting import Lifting
-from .lowering import lower
 from .reach import is_anchor, not_lifted, out_of_reach
 from .renaming import renamed
 from .replaying import Script
 from .report import Finding, Report
 from .ruleset import RuleSet
+from .tracing.explaining import Stop
 from .view import GraphView
 
 

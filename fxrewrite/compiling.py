@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .applying import apply
 from .destination import IntoGraph
-from .placeholders import Input, as_inputs
+from .dialects.placeholders import Input, as_inputs
 from .registry import Rules, resolve
 from .replaying import Script
 from .result import graph_module
 from .ruleset import RuleSet, apart
 from .soundness import PLAIN_TENSORS
-from .tracing import copy_of
+from .tracing.tracer import copy_of
 from .view import GraphView
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .dialects import SPELLINGS
+from .dialects.spellings import SPELLINGS
 from .inheriting import overridden
 from .view import GraphView
 

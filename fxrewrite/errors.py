@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .localising import Localisation
+    from .proof.localising import Localisation
 
 
 class FxRewriteError(Exception):

@@ -17,7 +17,7 @@ from .destination import IntoGraph
 from .modules import fresh_name
 from .replaying import Replay, Script
 from .ruleset import RuleSet
-from .tracing import copy_of
+from .tracing.tracer import copy_of
 from .view import GraphView
 
 
@@ -79,7 +79,7 @@ class _Has:
 
 def _source_hash(rule_sets: list[RuleSet]) -> bytes | None:
     found = hashlib.sha256()
-    files: set[str] = set(map(str, Path(__file__).parent.glob("*.py")))
+    files: set[str] = set(map(str, Path(__file__).parent.rglob("*.py")))
     for rule in (rule for rule_set in rule_sets for rule in rule_set.rules):
         found.update(f"{rule.name} {rule.pattern} {rule.any_mode}".encode())
         sources: tuple[Any, ...] = (rule.build, rule.pattern.cls, *rule.guards)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from .explaining import Stop
-from .lifting import Lifting
+from .dialects.lifting import Lifting
 from .modules import _parent_name
 from .report import Finding
 from .ruleset import Rule
 from .sites import describe
 from .soundness import has_hooks
+from .tracing.explaining import Stop
 from .view import GraphView
 
 

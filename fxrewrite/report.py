@@ -10,9 +10,9 @@ from typing import Any, Literal
 import attrs
 
 from .errors import ExpectationError, UnknownNameError
-from .explaining import Stop
 from .renaming import Became
 from .sites import Miss, in_one_line
+from .tracing.explaining import Stop
 
 Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")

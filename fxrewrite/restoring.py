@@ -19,7 +19,7 @@ from .modules import _parent_name
 from .registry import Rules
 from .report import Report
 from .rewriting import Into
-from .tracing import LeafModules
+from .tracing.tracer import LeafModules
 
 _DIFFERENCES_SHOWN = 5
 _REGISTRIES = ("_parameters", "_buffers", "_modules")

@@ -13,15 +13,15 @@ from torch.export import ExportedProgram
 from .applying import apply, apply_to_parts
 from .copying import copied
 from .destination import IntoGraph, IntoModules
-from .elsewhere import used_elsewhere
-from .exported import Program
-from .partial import Parts
+from .dialects.exported import Program
 from .replaying import Script
 from .report import Report
 from .result import graph_module
 from .ruleset import RuleSet
 from .shapes import record_shapes
-from .tracing import LeafModules, attempt, checked_leaves, is_compiled
+from .tracing.elsewhere import used_elsewhere
+from .tracing.partial import Parts
+from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
 from .view import GraphView
 
 Into = Literal["graph", "modules"]

@@ -17,7 +17,7 @@ from torch import nn
 
 from fxrewrite import registry
 from fxrewrite.cli import main
-from fxrewrite.randomising import randomise_batch_norms
+from fxrewrite.cli.randomising import randomise_batch_norms
 
 MODELS = """
 import sys
@@ -329,7 +329,7 @@ def test_without_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     """Where the extra is not installed, one line says how to install it."""
-    again = ("fxrewrite.commands", "fxrewrite.loading", "fxrewrite.randomising")
+    again = ("fxrewrite.cli.commands", "fxrewrite.cli.loading", "fxrewrite.cli.randomising")
     for name in list(sys.modules):
         if name in again or name.startswith(f"{missing}."):
             monkeypatch.delitem(sys.modules, name)

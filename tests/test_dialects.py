@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.dialects import SPELLINGS, Spelling
-from fxrewrite.meanings import Transposed
+from fxrewrite.dialects.meanings import Transposed
+from fxrewrite.dialects.spellings import SPELLINGS, Spelling
 
 CONV_OF: dict[Any, Any] = {
     nn.Conv1d: F.conv1d,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite.nested import mapped
-from fxrewrite.running import run
+from fxrewrite.proof.nested import mapped
+from fxrewrite.proof.running import run
 
 
 @dataclasses.dataclass(frozen=True)

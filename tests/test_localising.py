@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.localising import Rewrite
+from fxrewrite.proof.localising import Rewrite
 from fxrewrite.replaying import Replay, Script
 from fxrewrite.rewriting import Rewriter
 from fxrewrite.ruleset import apart

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrewrite.cli import main
-from fxrewrite.sweep_models import Subject, subjects
-from fxrewrite.sweep_row import Row, Table, TableError, general
+from fxrewrite.cli.sweep_models import Subject, subjects
+from fxrewrite.cli.sweep_row import Row, Table, TableError, general
 
 MODELS = """
 import os, signal, time
@@ -254,8 +254,8 @@ def test_the_models_of_a_file(tmp_path: Path) -> None:
     net = Subject("a.b:net", ("1,3", "2:int64"))
     assert subjects(str(path)) == [Subject("timm/resnet18"), net]
     assert subjects(str(path), ["a.*"]) == [net]
-    assert Subject("timm/resnet18").library == "timm"
-    assert Subject("timm/file.py:net").library == ""
+    assert Subject("timm/resnet18").collection == "timm"
+    assert Subject("timm/file.py:net").collection == ""
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.tracing import trace
+from fxrewrite.tracing.tracer import trace
 
 Relu = fxr.chain(relu=nn.ReLU)
 drop_relu = fxr.rule(pattern=Relu, name="drop_relu")(lambda m: fxr.Bypass())

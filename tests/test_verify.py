@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
 from fxrewrite import InputError, verify
-from fxrewrite.running import run
-from fxrewrite.timing import time_in_turns
+from fxrewrite.cli.timing import time_in_turns
+from fxrewrite.proof.running import run
 
 
 class _Gives(nn.Module):

@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.copying import NotCopiedError
-from fxrewrite.dialects import SPELLINGS
+from fxrewrite.dialects.spellings import SPELLINGS
 from fxrewrite.errors import FxRewriteError, TraceError
 from fxrewrite.matching import accepts
 from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Report
 from fxrewrite.ruleset import Rule
 from fxrewrite.sites import name_of
-from fxrewrite.tracing import trace
+from fxrewrite.tracing.tracer import trace
 from fxrewrite.view import GraphView
 
 from .observing import Record, Run, bits, difference, relative_error, run

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import fxrewrite as fxr
-from fxrewrite.randomising import randomise_batch_norms
+from fxrewrite.cli.randomising import randomise_batch_norms
 
 
 def hf_resnet() -> nn.Module:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import LoadError
-from .modules import fresh_name
-from .restoring import read_state
-from .running import SEED
+from ..errors import LoadError
+from ..modules import fresh_name
+from ..proof.running import SEED
+from ..restoring import read_state
 
 
 def build_model(spec: str) -> nn.Module:
@@ -110,7 +110,7 @@ def _check_callable(spec: str, build: Any) -> None:
 
 def _said(error: BaseException) -> str:
     """An error and, where it came from somebody's own code, the last line of that."""
-    ours = ("<frozen", str(Path(__file__).parent), str(Path(importlib.__file__).parent))
+    ours = ("<frozen", str(Path(__file__).parent.parent), str(Path(importlib.__file__).parent))
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [each for each in frames if not each.filename.startswith(ours)]
     at = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""

@@ -9,14 +9,14 @@ import attrs
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..errors import FxRewriteError, InputError, VerificationError
+from ..replaying import NOT_THE_SAME, Replay, Script
+from ..report import Finding, Report
+from ..ruleset import Rule
+from ..sites import in_one_line
 from .comparing import usual_error
-from .errors import FxRewriteError, InputError, VerificationError
 from .nested import mapped
-from .replaying import NOT_THE_SAME, Replay, Script
-from .report import Finding, Report
-from .ruleset import Rule
 from .running import in_float64, widened
-from .sites import in_one_line
 from .verifying import Progress, Verification, verify
 
 # In float64 a right rewrite agrees with its original to about this, relatively.

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import LoadError
-from .running import SEED, called, cloned
+from ..errors import LoadError
+from ..proof.running import SEED, called, cloned
 
 
 def random_input(text: str, model: nn.Module) -> torch.Tensor:

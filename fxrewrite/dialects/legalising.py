@@ -11,10 +11,10 @@ from torch import fx
 from torch.export import default_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .errors import FxRewriteError
-from .renewing import known_values, renew
-from .sites import describe
-from .view import GraphView
+from ..errors import FxRewriteError
+from ..renewing import known_values, renew
+from ..sites import describe
+from ..view import GraphView
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
 

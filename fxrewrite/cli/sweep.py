@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from .cli import DONE, NOT_TRACEABLE, OUTPUTS_DIFFER
+from ..registry import get_rule_set
+from . import DONE, NOT_TRACEABLE, OUTPUTS_DIFFER
 from .options import DEFAULT_RULES, RuleNames
-from .registry import get_rule_set
 from .sweep_models import subjects
 from .sweep_one import Settings
 from .sweep_pool import Bounds, examine_all
@@ -56,7 +56,7 @@ def sweep_command(
     """Rewrite and verify many models, one process each; go on where an earlier run stopped."""
     chosen = subjects(source, patterns or ())
     names = tuple(name.strip() for each in rules for name in each.split(","))
-    if all(each.library for each in chosen):  # a model of one's own may register its rule sets
+    if all(each.collection for each in chosen):  # a model of one's own may register its rule sets
         for name in names:
             get_rule_set(name)
     table = Table(out or Path(f"sweep-{Path(source).stem}.jsonl"))

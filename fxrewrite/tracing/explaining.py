@@ -93,9 +93,9 @@ def stop(model: nn.Module, name: str, error: Exception) -> Stop:
 
 def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
     """The frames of an error that are of a forward, outermost first."""
-    fx_folder, own = Path(fx.__file__).parent, Path(__file__).parent
+    fx_folder, own = Path(fx.__file__).parent, Path(__file__).parent.parent
     for frame, lineno in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
-        ours = path.parent == own or path == Path(nn.modules.module.__file__)
+        ours = own in path.parents or path == Path(nn.modules.module.__file__)
         if not ours and fx_folder not in path.parents:
             yield frame, lineno

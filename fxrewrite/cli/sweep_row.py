@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import attrs
 
-from .errors import FxRewriteError
-from .report import Report
+from ..errors import FxRewriteError
+from ..report import Report
 
 Outcome = Literal[
     "same", "differs", "left alone", "not traceable", "raised", "crashed", "timeout", "memory"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .partial import Part
-from .tracing import has_no_forward
+from .tracer import has_no_forward
 
 
 def used_elsewhere(model: nn.Module, parts: Iterable[Part], untraced: Iterable[str]) -> set[int]:

@@ -12,10 +12,10 @@ import attrs
 import torch
 from torch import nn
 
-from .errors import FxRewriteError, LoadError
+from ..errors import FxRewriteError, LoadError
+from ..proof.running import SEED
 from .loading import build_model
 from .randomising import random_input
-from .running import SEED
 
 # Images of these sides are tried in turn, and the first that a model takes is used.
 _SIDES = (64, 96, 128, 224, 256, 299, 384)
@@ -37,8 +37,8 @@ class Subject:
     shapes: tuple[str, ...] = ()
 
     @property
-    def library(self) -> str:
-        """The library whose name for the model this is, or nothing."""
+    def collection(self) -> str:
+        """The collection whose name for the model this is, or nothing."""
         library, slash, _ = self.name.partition("/")
         return library if slash and library in _LIBRARIES and ":" not in self.name else ""
 
@@ -76,11 +76,11 @@ def build(subject: Subject) -> nn.Module:
     Raises:
         LoadError: it can't be built.
     """
-    if not subject.library:
+    if not subject.collection:
         return build_model(subject.name)
     name = subject.name.partition("/")[2]
     torch.manual_seed(SEED)
-    make = _from_timm if subject.library == "timm" else _from_torchvision
+    make = _from_timm if subject.collection == "timm" else _from_torchvision
     try:
         return make(name).eval()
     except Exception as error:
@@ -154,7 +154,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
 
 def _category(subject: Subject) -> str:
-    if subject.library != "torchvision":
+    if subject.collection != "torchvision":
         return ""
     from torchvision import models
 

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .api import rewrite
-from .errors import InputError, LoadError, TraceError
-from .nested import mapped
+from ..api import rewrite
+from ..errors import InputError, LoadError, TraceError
+from ..proof.nested import mapped
+from ..proof.running import run, short, widened
+from ..proof.verifying import Verification, verify
+from ..registry import get_rule_set
+from ..ruleset import RuleSet
 from .randomising import randomise_batch_norms
-from .registry import get_rule_set
-from .ruleset import RuleSet
-from .running import run, short, widened
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted
-from .verifying import Verification, verify
 
 _LONGEST = 400
 
@@ -68,7 +68,7 @@ def _examine(
 ) -> None:
     tell("being built")
     most = settings.max_parameters
-    if most is not None and subject.library:
+    if most is not None and subject.collection:
         # Not all models can be built without numbers; those are built, and counted, as they are.
         with contextlib.suppress(LoadError), torch.device("meta"):
             found["parameters"] = _count(build(subject))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from .errors import FxRewriteError, InputError, TraceError
+from ..errors import FxRewriteError, InputError, TraceError
 
 DONE, NOTHING_MATCHED, OUTPUTS_DIFFER, NOT_TRACEABLE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _EXTRA = ("typer", "rich")

@@ -15,13 +15,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .dialects import SPELLINGS, Spelling
+from ..modules import _parent_name
+from ..ruleset import Rule
+from ..sites import describe
+from ..steps import Pattern, Step
+from ..view import GraphView
 from .meanings import Transposed, output_rank
-from .modules import _parent_name
-from .ruleset import Rule
-from .sites import describe
-from .steps import Pattern, Step
-from .view import GraphView
+from .spellings import SPELLINGS, Spelling
 
 TRANSPOSES: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.permute.default: ([1, 0],),

@@ -10,9 +10,9 @@ import attrs
 import torch
 from torch import nn
 
-from .errors import InputError
+from ..errors import InputError
+from ..snapshot import ModelState
 from .nested import Container, flatten, mapped
-from .snapshot import ModelState
 
 SEED = 0
 

@@ -16,20 +16,20 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from .api import localise, rewrite
-from .cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
-from .errors import FxRewriteError, TraceError, UnknownRuleSetError
+from ..api import localise, rewrite
+from ..errors import FxRewriteError, TraceError, UnknownRuleSetError
+from ..proof.running import SEED, run_original, short
+from ..proof.verifying import verify
+from ..registry import get_rule_set, rule_set_names
+from ..report import Report
+from ..ruleset import RuleSet
+from . import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from .explain import explain_command
 from .loading import build_model, load_weights
 from .options import DEFAULT_RULES, Json, Model, RuleNames, make_console, progress_bar, rule_sets_of
 from .randomising import random_input, randomise_batch_norms
-from .registry import get_rule_set, rule_set_names
-from .report import Report
-from .ruleset import RuleSet
-from .running import SEED, run_original, short
 from .sweep import sweep_command
 from .timing import time_in_turns
-from .verifying import verify
 
 app = typer.Typer(
     help="Rewrite a model's torch.fx graph by rules, verify the result and time it.",

@@ -11,12 +11,12 @@ import attrs
 import torch
 from torch import fx, nn
 
-from .errors import TraceError
+from ..errors import TraceError
+from ..modules import _parent_name
+from ..snapshot import ModelState
+from ..soundness import has_hooks
 from .explaining import Stop, stop
-from .modules import _parent_name
 from .proxies import Proxy
-from .snapshot import ModelState
-from .soundness import has_hooks
 from .tolerance import tolerant
 from .watching import watched
 

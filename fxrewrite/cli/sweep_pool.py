@@ -57,7 +57,7 @@ def examine_all(
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
-        libraries = {each.library for each in subjects if each.library}
+        libraries = {each.collection for each in subjects if each.collection}
         context.set_forkserver_preload([__name__, *sorted(libraries)])
     waiting, running = deque(subjects), list[_Running]()
     try:

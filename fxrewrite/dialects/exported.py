@@ -22,16 +22,16 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from .actions import Action, Replace
-from .effects import Effects
+from ..actions import Action, Replace
+from ..effects import Effects
+from ..modules import _parent_name, fresh_name
+from ..renewing import run_on_fakes
+from ..sites import Link, Site
+from ..steps import Call, Value
+from ..tracing.tracer import copy_of
+from ..view import GraphView
 from .legalising import legalise
-from .modules import _parent_name, fresh_name
 from .placeholders import Input, as_inputs
-from .renewing import run_on_fakes
-from .sites import Link, Site
-from .steps import Call, Value
-from .tracing import copy_of
-from .view import GraphView
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # The inputs of a program stand in the order of their kinds.

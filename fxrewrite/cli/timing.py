@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import nn
 
-from .nested import flatten
-from .running import arguments_of, cloned, run
+from ..proof.nested import flatten
+from ..proof.running import arguments_of, cloned, run
 
 
 @attrs.frozen

@@ -8,9 +8,9 @@ from typing import Any
 import attrs
 from torch import fx, nn
 
+from ..soundness import has_hooks
 from .explaining import Stop
-from .soundness import has_hooks
-from .tracing import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
+from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
 
 
 @attrs.frozen(eq=False)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .dialects import SPELLINGS, Spelling
-from .edits import PROVENANCE
+from ..edits import PROVENANCE
+from ..modules import _parent_name
+from ..renewing import renew
+from ..soundness import has_hooks
+from ..view import GraphView
 from .lifting import TRANSPOSES, Lifted, Lifting
 from .meanings import Transposed
-from .modules import _parent_name
-from .renewing import renew
-from .soundness import has_hooks
-from .view import GraphView
+from .spellings import SPELLINGS, Spelling
 
 
 def lower(view: GraphView, lifting: Lifting) -> dict[str, str]:

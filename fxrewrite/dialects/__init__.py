@@ -1,0 +1,1 @@
+"""How calls are spelt, as modules, functions or ATen operators, and how one is read as another."""
