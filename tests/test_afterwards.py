@@ -14,6 +14,7 @@ import nets
 import pytest
 import safetensors.torch
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,6 +105,17 @@ def test_it_is_exported(into: Any) -> None:
     close(program.module()(X), model(X))
     saved = {name for name in program.state_dict if not name.startswith("_tensor_constant")}
     assert fused.state_dict().keys() <= saved | {"tied.weight", "head.weight"}
+
+
+def test_it_goes_to_onnx(into: Any) -> None:
+    """The dynamo exporter takes it, and ONNX's own reference evaluator gives what the model gives."""
+    model = randomised()
+    program = torch.onnx.export(fxr.fuse(model, into=into), (X,), dynamo=True, verbose=False)
+    assert program is not None
+    exported = program.model_proto
+    assert sum(node.op_type == "BatchNormalization" for node in exported.graph.node) == 1
+    found = ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: X.numpy()})
+    close(torch.from_numpy(found[0]), model(X))
 
 
 @pytest.fixture
