@@ -108,7 +108,7 @@ def test_it_is_exported(into: Any) -> None:
 
 
 def test_it_goes_to_onnx(into: Any) -> None:
-    """The dynamo exporter takes it, and ONNX's own reference evaluator gives what the model gives."""
+    """ONNX's reference evaluator gives what the model gives, of what the dynamo exporter makes."""
     model = randomised()
     program = torch.onnx.export(fxr.fuse(model, into=into), (X,), dynamo=True, verbose=False)
     assert program is not None
