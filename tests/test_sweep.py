@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -201,6 +203,38 @@ def test_ctrl_c_leaves_a_usable_file_and_no_process(folder: Path) -> None:
     assert rows.keys() == {"net"}
     with pytest.raises(ProcessLookupError):
         os.kill(int(pids.read_text()), 0)
+
+
+def test_sigterm_ends_what_was_started(folder: Path) -> None:
+    """As `timeout` sends it: the exit code is 143, and the process that ran is gone."""
+    pids = folder / "pids"
+    hangs = f"open({str(pids)!r}, 'w').write(str(os.getpid()))\n    while True:"
+    (folder / "models.py").write_text(MODELS.replace("while True:", hangs, 1))
+    (folder / "list.txt").write_text(f"{folder}/models.py:hangs\n")
+    command = "import sys; from fxrewrite.cli import main; sys.exit(main(sys.argv[1:]))"
+    out = str(folder / "rows.jsonl")
+    started = subprocess.Popen(
+        [sys.executable, "-c", command, "sweep", str(folder / "list.txt"), "--out", out]
+    )
+    while not pids.exists() or not pids.read_text():
+        time.sleep(0.05)
+    started.terminate()
+    assert started.wait() == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pids.read_text()), 0)
+
+
+def test_into_is_asked_for_and_kept_apart(folder: Path) -> None:
+    """A model has a row for each --into, and each says what it was rewritten into."""
+    for options in ((), ("--into", "modules"), ("--into", "graph"), ("--into", "modules")):
+        code, _ = sweep(folder, "net", options=options)
+        assert code == 0
+    rows = Table(folder / "rows.jsonl").rows
+    assert [(row.asked, row.into, row.applied) for row in rows] == [
+        ("", "graph", 1),
+        ("modules", "modules", 1),
+        ("graph", "graph", 1),
+    ]
 
 
 NUMBER = st.none() | st.floats(allow_nan=False)

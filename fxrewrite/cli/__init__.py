@@ -8,7 +8,8 @@ from typing import cast
 
 from ..errors import FxRewriteError, InputError, TraceError
 
-DONE, NOTHING_MATCHED, OUTPUTS_DIFFER, NOT_TRACEABLE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, NOTHING_MATCHED, OUTPUTS_DIFFER, NOT_TRACEABLE, BAD_USAGE = range(5)
+INTERRUPTED, ENDED = 130, 143
 _EXTRA = ("typer", "rich")
 _LONGEST = 500
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done and verified, 1 nothing matched under `--strict`, 2 outputs differ, 3 not
-        traceable, 4 bad usage, 130 interrupted.
+        traceable, 4 bad usage, 130 interrupted, 143 a sweep that was ended by SIGTERM.
     """
     try:
         import typer

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import signal
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from ..registry import get_rule_set
-from . import DONE, NOT_TRACEABLE, OUTPUTS_DIFFER
+from . import DONE, ENDED, NOT_TRACEABLE, OUTPUTS_DIFFER
 from .options import DEFAULT_RULES, RuleNames
 from .sweep_models import subjects
 from .sweep_one import Settings
@@ -37,6 +40,10 @@ def sweep_command(
         ),
     ] = None,
     rules: RuleNames = DEFAULT_RULES,
+    into: Annotated[
+        Literal["graph", "modules"] | None,
+        typer.Option(help="As for `fxrewrite.rewrite`; each has rows of its own."),
+    ] = None,
     patterns: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="GLOB", help="Only models of such a name; repeatable."),
@@ -60,13 +67,10 @@ def sweep_command(
         for name in names:
             get_rule_set(name)
     table = Table(out or Path(f"sweep-{Path(source).stem}.jsonl"))
-    done = {
-        model
-        for (model, by), row in table.last.items()
-        if by == ",".join(names) and not (retry and row.outcome not in WELL)
-    }
-    todo = [each for each in chosen if each.name not in done]
-    settings = Settings(names, max_parameters, max(1, (os.cpu_count() or 1) // jobs))
+    settings = Settings(names, into, max_parameters, max(1, torch.get_num_threads() // jobs))
+    last = table.last
+    done = {key for key, row in last.items() if not (retry and row.outcome not in WELL)}
+    todo = [each for each in chosen if settings.key(each.name) not in done]
     progress = Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -75,19 +79,34 @@ def sweep_command(
         console=Console(stderr=True, markup=False, highlight=False, soft_wrap=True),
         transient=True,
     )
-    with progress:
+    with progress, _ended_by_sigterm():
         task = progress.add_task("", total=len(chosen), completed=len(chosen) - len(todo))
         for row in examine_all(todo, settings, Bounds(timeout, memory), jobs):
             table.add(row)
             progress.update(task, advance=1, description=row.model)
             if row.outcome not in WELL:
                 progress.console.print(f"{row.model}: {row.outcome}: {row.detail}")
-    rows = [table.last[each.name, ",".join(names)] for each in chosen]
+    last = table.last
+    rows = [last[settings.key(each.name)] for each in chosen]
     _print_summary(rows)
     outcomes = {row.outcome for row in rows}
     return (
         OUTPUTS_DIFFER if "differs" in outcomes else NOT_TRACEABLE if outcomes - {*WELL} else DONE
     )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End as Ctrl-C would, so that no process of ours is left behind."""
+
+    def end(*_: object) -> None:
+        sys.exit(ENDED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_summary(rows: list[Row]) -> None:

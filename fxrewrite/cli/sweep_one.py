@@ -19,6 +19,7 @@ from ..proof.nested import mapped
 from ..proof.running import run, short, widened
 from ..proof.verifying import Verification, verify
 from ..registry import get_rule_set
+from ..rewriting import Into
 from ..ruleset import RuleSet
 from .randomising import randomise_batch_norms
 from .sweep_models import Subject, build, inputs_to_try
@@ -32,8 +33,13 @@ class Settings:
     """What a sweep does with each of its models."""
 
     rules: tuple[str, ...] = ("conv_bn",)
+    into: Into | None = None
     max_parameters: int | None = None
     threads: int = 1
+
+    def key(self, model: str) -> tuple[str, str, str]:
+        """The key of a model's row."""
+        return model, ",".join(self.rules), self.into or ""
 
 
 def examine(subject: Subject, settings: Settings, tell: Callable[[str], Any]) -> Row:
@@ -53,7 +59,7 @@ def examine(subject: Subject, settings: Settings, tell: Callable[[str], Any]) ->
         tell: is called with the name of each stage that begins, to know where a process died.
     """
     start = time.perf_counter()
-    found: dict[str, Any] = {"model": subject.name, "rules": ",".join(settings.rules)}
+    found: dict[str, Any] = dict(zip(Row.KEY, settings.key(subject.name), strict=True))
     try:
         _examine(subject, settings, tell, found)
     except TraceError as error:
@@ -87,7 +93,7 @@ def _examine(
         randomise_batch_norms(model, inputs)
     tell("being rewritten")
     before = time.perf_counter()
-    rewritten, report = rewrite(model, rule_sets, inputs)
+    rewritten, report = rewrite(model, rule_sets, inputs, into=settings.into)
     found["rewrite_seconds"] = round(time.perf_counter() - before, 3)
     found |= {"into": report.into, **accounted(report)}
     tell("being verified")
@@ -95,7 +101,7 @@ def _examine(
     found |= _verified(verification)
     if not verification.same:
         tell("being verified in float64")
-        found |= _in_float64(model, rule_sets, inputs, str(verification))
+        found |= _in_float64(model, rule_sets, settings.into, inputs, str(verification))
 
 
 def _first_taken(model: nn.Module, subject: Subject) -> tuple[Any, ...]:
@@ -112,13 +118,18 @@ def _first_taken(model: nn.Module, subject: Subject) -> tuple[Any, ...]:
 
 
 def _in_float64(
-    model: nn.Module, rule_sets: list[RuleSet], inputs: tuple[Any, ...], before: str
+    model: nn.Module,
+    rule_sets: list[RuleSet],
+    into: Into | None,
+    inputs: tuple[Any, ...],
+    before: str,
 ) -> dict[str, Any]:
     """Whether a difference in float32 is one in float64, too, where rounding hardly shows."""
     wide = copy.deepcopy(model).double()
     wide_inputs = mapped(widened, inputs)
     try:
-        verification = verify(wide, rewrite(wide, rule_sets, wide_inputs)[0], wide_inputs)
+        rewritten = rewrite(wide, rule_sets, wide_inputs, into=into)[0]
+        verification = verify(wide, rewritten, wide_inputs)
     except InputError as error:
         return {"outcome": "differs", "detail": f"{before}; in float64 {_said(error)}"}
     detail = f"{before}; in float64: {verification}"

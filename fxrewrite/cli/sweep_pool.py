@@ -123,10 +123,8 @@ class _Running:
     def _ended(self, outcome: Outcome, detail: str) -> Row:
         self.kill()
         seconds = round(time.monotonic() - self._start, 2)
-        rules = ",".join(self._settings.rules)
-        return Row(
-            self._subject.name, rules, outcome, detail, seconds=seconds, peak_mib=self._peak or None
-        )
+        key = self._settings.key(self._subject.name)
+        return Row(*key, outcome, detail, seconds=seconds, peak_mib=self._peak or None)
 
 
 def _examine(pipe: Connection, subject: Subject, settings: Settings, bounds: Bounds) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 
@@ -38,13 +38,15 @@ class Row:
     """One model of a sweep: how it was rewritten, whether it stayed the same, and what it took.
 
     `reasons` counts why anchors stayed: per reason its outcome, how often, and the name of one such
-    anchor. The errors are those of `verify`'s worst tensor: relative, `original_error` and
-    `rewritten_error` against a float64 run. `seconds` and `peak_mib` (resident memory, libraries
+    anchor. `asked` is what `--into` asked for, and `into` what came of it. The errors are those of
+    `verify`'s worst tensor: relative, `original_error` and `rewritten_error` against a float64 run.
+    `seconds` and `peak_mib` (resident memory, libraries
     included) are those of the whole process, `rewrite_seconds` of the rewrite alone.
     """
 
     model: str
     rules: str = ""
+    asked: str = ""
     outcome: Outcome = "raised"
     detail: str = ""
     inputs: str = ""
@@ -63,10 +65,12 @@ class Row:
     seconds: float | None = None
     peak_mib: int | None = None
 
+    KEY: ClassVar = ("model", "rules", "asked")
+
     @property
-    def key(self) -> tuple[str, str]:
-        """What tells whether a model was examined already: its name and the rules."""
-        return self.model, self.rules
+    def key(self) -> tuple[str, str, str]:
+        """What tells whether a model was examined already: its name, the rules, and `--into`."""
+        return self.model, self.rules, self.asked
 
 
 _COLUMNS = tuple(field.name for field in attrs.fields(Row))
@@ -134,8 +138,8 @@ class Table:
             raise TableError(f"{path} holds something other than the rows of a sweep") from error
 
     @property
-    def last(self) -> dict[tuple[str, str], Row]:
-        """The last row of each model and rules."""
+    def last(self) -> dict[tuple[str, str, str], Row]:
+        """The last row of each key."""
         return {row.key: row for row in self.rows}
 
     def add(self, row: Row) -> None:
