@@ -86,7 +86,8 @@ def pattern(cls: type[Any] | None = None, /, *, anchor: str | None = None) -> An
 
     The annotation says what the step may be: a module type, alternatives (`A | B`), a step that
     may be absent (`A | None`) or come any number of times (`tuple[A | B, ...]`), or a `Call`.
-    A field of type `Value` is no step; it captures the value that flows where it stands.
+    A field of type `Value` is no step; it captures the value that flows where it stands. A match
+    that is made by hand may leave it out: nothing is known of it then.
     A field whose type is another pattern is a branch: branches come first, all start from one
     value, and the first step, a `Call`, joins them. A branch that may be absent (`P | None`) is
     then the shared value itself.
@@ -174,6 +175,7 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     # attrs would strip the underscore of a private name from the constructor's argument.
     fields = {name: attrs.field(alias=name) for name in hints}
     absent: dict[str, Any] = {b.name: None for b in branches if b.optional}
+    absent.update({name: Value(name) for name, hint in hints.items() if hint is Value})
     absent.update({s.name: () if s.repeats else None for s in steps if s.optional})
     for name, default in absent.items():
         fields[name] = attrs.field(default=default, alias=name)

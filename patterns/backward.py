@@ -22,6 +22,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class NormedLayer:
     """A norm whose only reader is a layer; what does nothing may stand between."""
 
+    x: fxr.Value
     norm: Norm
     idle: tuple[Idle, ...]
     between: fxr.Value
@@ -52,6 +53,22 @@ def same_channels(m: NormedLayer) -> str | None:
     return along_channels(m.layer, m.norm, m.between, in_channels(m.layer))
 
 
+def same_input(m: NormedLayer) -> str | None:
+    """The norm must make a value of the shape and type that it reads, for the layer reads that."""
+    x, own = m.x, m.layer.weight.dtype
+    if x.rank is None and not norms.checks_input(m.norm):
+        return (
+            f"a {type(m.norm).__name__} also takes an input without a batch, and whether this one "
+            "has one is not known; example_inputs would decide it"
+        )
+    if x.shape != m.between.shape:
+        return f"the norm makes a value of shape {m.between.shape} of one of shape {x.shape}"
+    if x.dtype not in (None, own):
+        kinds = [str(each).removeprefix("torch.") for each in (x.dtype, own)]
+        return f"the norm reads {kinds[0]}, and the layer reads {kinds[1]}"
+    return None
+
+
 def same_types(m: NormedLayer) -> str | None:
     """The types must be such that the layer reads what the norm reads."""
     return alike(m.layer, m.norm)
@@ -63,7 +80,7 @@ def norm_reaches_all(m: NormedLayer) -> str | None:
     return None if isinstance(found, str) else _uneven(m.layer, found[1])
 
 
-@fxr.rule(where=[same_types, same_channels, norm_reaches_all], pure=True)
+@fxr.rule(where=[same_types, same_channels, same_input, norm_reaches_all], pure=True)
 def fold_norm_before(m: NormedLayer) -> fxr.Replace:
     """Scale and shift in the layer what the norm before it would."""
     found = norms.vectors(m.norm)

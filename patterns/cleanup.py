@@ -118,6 +118,8 @@ def keeps_shape(m: Reshaped) -> str | None:
     if (size := given.get("size", given.get("shape"))) is not None:
         flat = rank == 1 and isinstance(size, tuple | list) and list(size) == [-1]
         return None if flat else "other sizes of its input would be changed"
+    if further := given.keys() - {"start_dim", "end_dim"}:
+        return f"it is called with {', '.join(sorted(further))}"
     of = m.reshape.function if isinstance(m.reshape.function, nn.Flatten) else None
     start = of.start_dim if of is not None else given.get("start_dim", 0)
     end = of.end_dim if of is not None else given.get("end_dim", -1)

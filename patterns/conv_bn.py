@@ -24,6 +24,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class ConvBn:
     """A convolution whose only reader is a batch norm; what does nothing may stand between."""
 
+    x: fxr.Value
     conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
     between: tuple[
         nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
@@ -40,6 +41,16 @@ def same_rank(m: ConvBn) -> str | None:
     if m.conv.out_channels != m.bn.num_features:
         return f"{m.conv.out_channels} channels can't be normalised by {m.bn.num_features} features"
     return None
+
+
+def reads_a_batch(m: ConvBn) -> str | None:
+    """Of a tensor without a batch, a batch norm takes what comes second for the channels."""
+    if m.x.rank in (None, _rank(m.conv) + 2):
+        return None
+    return (
+        f"the {_name(m.conv)} reads a {m.x.rank}-d tensor, which has no batch dimension; of that "
+        "the batch norm does not normalise the channels"
+    )
 
 
 def has_running_stats(m: ConvBn) -> str | None:
@@ -67,7 +78,7 @@ def same_device(m: ConvBn) -> str | None:
     return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
 
 
-@fxr.rule(where=[same_rank, has_running_stats, same_dtype, same_device], pure=True)
+@fxr.rule(where=[same_rank, reads_a_batch, has_running_stats, same_dtype, same_device], pure=True)
 def fold_conv_bn(m: ConvBn) -> fxr.Replace:
     """Scale the weight and shift the bias as the batch norm would scale and shift the output."""
     return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(m.bn)), slot="conv")

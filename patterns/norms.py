@@ -29,12 +29,14 @@ class _Known:
     Args:
         adapter: gives its scale and shift, or the reason why it has none.
         dims: how many dimensions follow the channels in what it reads; None for any number.
+        checks: whether it raises for an input of another rank, or with other channels.
         half: whether it may read half precision with tensors in float32, and gives half.
         rest: the names of children that it calls on the result, in order.
     """
 
     adapter: Adapter
     dims: int | None = None
+    checks: bool = False
     half: bool = False
     rest: tuple[str, ...] = ()
 
@@ -52,7 +54,7 @@ def foldable(kind: type[nn.Module] | str, *, dims: int | None = None) -> Callabl
     ...         self.std = nn.Buffer(torch.ones(channels))
     ...     def forward(self, x):
     ...         return (x - self.mean[:, None, None]) / self.std[:, None, None]
-    >>> @foldable(Whiten)
+    >>> @foldable(Whiten, dims=2)
     ... def whiten(norm):
     ...     return 1 / norm.std, -norm.mean / norm.std
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), Whiten(8)).eval()
@@ -96,6 +98,15 @@ def dims_of(norm: nn.Module) -> int | None:
     return _known(norm).dims
 
 
+def checks_input(norm: nn.Module) -> bool:
+    """Whether a norm raises for an input of a rank, or with channels, that are not its own.
+
+    Otherwise an input without a batch may be normalised along another dimension, and one of a
+    single channel spread over several.
+    """
+    return _known(norm).checks
+
+
 def takes_half(norm: nn.Module) -> bool:
     """Whether a norm in float32 may read half precision, and gives half."""
     return _known(norm).half
@@ -135,21 +146,19 @@ def _running(norm: Any) -> Vectors | str:
     return scale_and_shift(norm)
 
 
-_BY_TYPE: dict[type[nn.Module], int | None] = {
-    nn.BatchNorm1d: 1,
-    nn.BatchNorm2d: 2,
-    nn.BatchNorm3d: 3,
-    nn.SyncBatchNorm: None,
-}
-for _kind, _dims in _BY_TYPE.items():
-    Norm.add(_kind, _Known(_running, _dims, half=True))
+Norm.add(nn.BatchNorm1d, _Known(_running, 1, half=True))
+Norm.add(nn.BatchNorm2d, _Known(_running, 2, checks=True, half=True))
+Norm.add(nn.BatchNorm3d, _Known(_running, 3, checks=True, half=True))
+Norm.add(nn.SyncBatchNorm, _Known(_running, half=True))
 for _kind, _dims in {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}.items():
-    Norm.add(_kind, _Known(_running, _dims))
+    Norm.add(_kind, _Known(_running, _dims, checks=True))
 
 # Other libraries' norms are named, so that nothing is imported for them.
 _FROZEN = _Known(_running, 2)
 Norm.add("torchvision.ops.misc.FrozenBatchNorm2d", _FROZEN)
 _THEN = ("drop", "act")
-Norm.add("timm.layers.norm_act.BatchNormAct2d", _Known(_running, 2, half=True, rest=_THEN))
+Norm.add(
+    "timm.layers.norm_act.BatchNormAct2d", _Known(_running, 2, checks=True, half=True, rest=_THEN)
+)
 Norm.add("timm.layers.norm_act.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
 Norm.add("timm.layers.norm_act.FrozenBatchNormAct2d", _Known(_running, 2, rest=_THEN))

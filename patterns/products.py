@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 import fxrewrite as fxr
@@ -86,7 +87,6 @@ def composed(first: Any, second: Any) -> Any:
     With weights V of the second and W of the first, and biases c and b, it has the weight V W and
     the bias V b + c, group by group.
 
-    >>> import torch
     >>> first, second = nn.Linear(8, 4), nn.Linear(4, 2)
     >>> x = torch.randn(3, 8)
     >>> torch.allclose(composed(first, second)(x), second(first(x)), atol=1e-6)
@@ -105,6 +105,12 @@ def composed(first: Any, second: Any) -> Any:
         through = (outer @ first.bias.to(wide(dtype)).view(groups, -1, 1)).flatten()
         bias = through if bias is None else through + bias
     width = {"out_features": second.out_features} if isinstance(first, nn.Linear) else {}
-    return fxr.evolve(
-        first, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype), **width
-    )
+    weight = _laid_out_as(first.weight, weight.to(dtype))
+    return fxr.evolve(first, weight=weight, bias=None if bias is None else bias.to(dtype), **width)
+
+
+def _laid_out_as(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose dimensions lie in memory in another's order, as channels_last has them."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    moved = tensor.permute(order).clone(memory_format=torch.contiguous_format)
+    return moved.permute(*map(order.index, range(like.dim())))

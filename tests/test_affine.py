@@ -221,6 +221,17 @@ def test_two_layers_become_one_only_if_it_is_smaller(kind: str, sizes: Any) -> N
     assert sum(weights) <= a * b + b * c
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_product_keeps_the_memory_format(kernel: int, layout: Any) -> None:
+    """The product's weight lies in memory as that of the first layer does."""
+    model = nn.Sequential(nn.Conv2d(4, 6, kernel), nn.Conv2d(6, 2, 1))
+    model[0].to(memory_format=layout)
+    made, _ = rewritten(model, applied=1)
+    wanted = torch.empty(2, 4, kernel, kernel).to(memory_format=layout)
+    assert made.get_submodule("0").weight.stride() == wanted.stride()
+
+
 def test_inference_is_affine_and_cleanup() -> None:
     """One set does it all: a norm, a scale, a dropout and an identity are gone."""
     model = Forward(

@@ -44,6 +44,7 @@ STAYS: dict[str, Any] = {
     "another type": lambda m, x: x.double() + 1,
     "joins dimensions": lambda m, x: torch.flatten(x) + 1,
     "another order": lambda m, x: x.permute(1, 0) + 1,
+    "the same bits as another type": lambda m, x: x.flatten().view(dtype=torch.int32) + 1,
     "sizes of the example": lambda m, x: x.view(2, 4) + 1,
     "contiguous of what may not be": lambda m, x: x.t().contiguous() + 1,
 }
