@@ -21,13 +21,20 @@ _HALF = (torch.float16, torch.bfloat16)
 _DECIDES = "example_inputs would decide it"
 
 
+class PaddedConv(nn.Conv2d, fxr.Family):
+    """A convolution that pads what it reads with zeros, as many as its size asks for."""
+
+
+PaddedConv.add("timm.layers.conv2d_same.Conv2dSame")
+
+
 @fxr.pattern(anchor="norm")
 class LayerNormed:
     """A layer whose only reader is a norm; what does nothing may stand between."""
 
     layer: (
         nn.Conv1d | nn.Conv2d | nn.Conv3d
-        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | PaddedConv
     )  # fmt: skip
     idle: tuple[Idle, ...]
     between: fxr.Value
@@ -40,7 +47,7 @@ class LayerScaled:
 
     layer: (
         nn.Conv1d | nn.Conv2d | nn.Conv3d
-        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | PaddedConv
     )  # fmt: skip
     idle: tuple[Idle, ...]
     permute: fxr.Call | None = fxr.call(*PERMUTE, chain="input", side_inputs=False)

@@ -137,6 +137,20 @@ def test_a_norm_with_an_activation_leaves_the_activation() -> None:
     assert isinstance(made.get_submodule("bn"), nn.SiLU)
 
 
+@given(st.integers(4, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.booleans())
+def test_a_convolution_that_pads_by_the_size_of_its_input(
+    side: int, kernel: int, stride: int, dilation: int, bias: bool
+) -> None:
+    """TensorFlow's, of timm: what comes behind it folds, what comes before meets the padding."""
+    timm = pytest.importorskip("timm")
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "bias": bias}
+    same = timm.layers.Conv2dSame(4, 4, kernel, **options)
+    x = nets.random_input((2, 4, side, side))
+    made, _ = rewritten(nn.Sequential(same, bn()), x, applied=1)
+    assert isinstance(made.get_submodule("0"), timm.layers.Conv2dSame)
+    rewritten(nn.Sequential(bn(), same), x, applied=0)
+
+
 SCALES: dict[str, Any] = {
     "x * gamma": lambda m, x: m.conv(x) * m.gamma,
     "gamma * x": lambda m, x: m.gamma * m.conv(x),
