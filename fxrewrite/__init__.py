@@ -22,7 +22,7 @@ from .errors import (
     VerificationError,
 )
 from .family import Family
-from .guards import known_rank, known_shape
+from .guards import Missed, known_rank, known_shape
 from .modules import (
     _parent_name,
     delete_submodule,
@@ -55,6 +55,7 @@ __all__ = [
     "InputError",
     "LoadError",
     "Localisation",
+    "Missed",
     "Pattern",
     "PatternError",
     "Replace",

@@ -13,11 +13,12 @@ from .actions import Action, Replace
 from .deciding import failure, same_action
 from .destination import Destination
 from .effects import Effects
+from .guards import Missed
 from .matching import Matcher, accepts, calls, reads_one_value
 from .parametrized import is_parametrized
 from .renewing import renew
 from .replaying import Script
-from .report import Bystander, Finding
+from .report import Bystander, Finding, Outcome
 from .ruleset import Rule
 from .sites import Link, Miss, Site, name_of
 from .soundness import action_refusal, refusal
@@ -128,7 +129,10 @@ class Engine:
                 self._applied.append((order, finding))
                 self._script.applied.append((rule, finding))
                 return outcome.made
-            declined.append(Finding(anchor, "refused", rule.name, steps, nodes, cause=outcome))
+            is_missed = isinstance(outcome, Missed)
+            if not (is_missed and rule.quiet):
+                what: Outcome = "missed" if is_missed else "refused"
+                declined.append(Finding(anchor, what, rule.name, steps, nodes, cause=outcome))
         if declined and node not in self._made:
             self._declined[node] = declined
         return None
@@ -288,8 +292,7 @@ def _nearest(declined: list[Finding]) -> Finding:
 
 
 def _depth(missed: Finding) -> int:
-    assert isinstance(missed.cause, Miss)
-    return missed.cause.depth
+    return missed.cause.depth if isinstance(missed.cause, Miss) else len(missed.steps)
 
 
 def _slot(rule: Rule[Any], site: Site, action: Action) -> Link | None:

@@ -7,6 +7,23 @@ from typing import Any
 from .ruleset import Guard
 
 
+class Missed(str):
+    """A guard's answer that the chain is not what the rule is about: it is missed, not refused.
+
+    Of a `quiet` rule, what is missed is no finding.
+
+    >>> import torch
+    >>> import fxrewrite as fxr
+    >>> ToFloat = fxr.chain(to=fxr.call("to", side_inputs=False))
+    >>> def to_float(m):
+    ...     return None if torch.float32 in m.to.kwargs.values() else fxr.Missed("to another type")
+    >>> to_float(ToFloat(to=fxr.Call("to", dtype=torch.float64)))
+    'to another type'
+    """
+
+    __slots__ = ()
+
+
 def known_rank(*fields: str) -> Guard:
     """A guard that refuses where the rank of a captured value is not known.
 

@@ -87,7 +87,7 @@ def rule(
         pure: take the author's word that the rule and its guards change nothing they are given.
             By default the engine compares afterwards, which costs about as much as a fold.
         quiet: for a rule whose anchor is common and seldom meant, as each product is for one that
-            looks for constants: that its chain is not there is no finding of the report.
+            looks for constants: that it missed its chain is no finding of the report.
 
     Raises:
         PatternError: no pattern is given, or what is given is not one.

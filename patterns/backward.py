@@ -56,11 +56,8 @@ def same_channels(m: NormedLayer) -> str | None:
 def same_input(m: NormedLayer) -> str | None:
     """The norm must make a value of the shape and type that it reads, for the layer reads that."""
     x, own = m.x, m.layer.weight.dtype
-    if x.rank is None and not norms.checks_input(m.norm):
-        return (
-            f"a {type(m.norm).__name__} also takes an input without a batch, and whether this one "
-            "has one is not known; example_inputs would decide it"
-        )
+    if (reason := norms.may_lack_batch(m.norm, x.rank)) is not None:
+        return reason
     if x.shape != m.between.shape:
         return f"the norm makes a value of shape {m.between.shape} of one of shape {x.shape}"
     if x.dtype not in (None, own):

@@ -83,10 +83,12 @@ def has_type(m: Cast) -> str | None:
     given = list(m.cast.kwargs.values())
     wanted = _CASTS.get(m.cast.function) if not given else given[0]
     if len(given) > 1 or not isinstance(wanted, torch.dtype):
-        return "it asks for more than a type"
+        return fxr.Missed("it asks for more than a type")
     if m.x.dtype is None:
         return f"whether the value is in {_name(wanted)} already is not known; {_DECIDES}"
-    return None if m.x.dtype == wanted else f"it casts {_name(m.x.dtype)} to {_name(wanted)}"
+    if m.x.dtype != wanted:
+        return fxr.Missed(f"it casts {_name(m.x.dtype)} to {_name(wanted)}")
+    return None
 
 
 @fxr.rule(where=[has_type], pure=True, quiet=True)
@@ -112,20 +114,20 @@ def keeps_shape(m: Reshaped) -> str | None:
     given, rank = m.reshape.kwargs, m.x.rank
     if (dims := given.get("dims")) is not None:
         same = isinstance(dims, tuple | list) and list(dims) == list(range(len(dims)))
-        return None if same else "it permutes dimensions"
+        return None if same else fxr.Missed("it permutes dimensions")
+    if (size := given.get("size", given.get("shape"))) is not None:
+        if not isinstance(size, tuple | list) or list(size) != [-1] or rank not in (None, 1):
+            return fxr.Missed("other sizes of its input would be changed")
+    elif further := given.keys() - {"start_dim", "end_dim"}:
+        return fxr.Missed(f"it is called with {', '.join(sorted(further))}")
     if rank is None:
         return f"whether it changes the shape is not known; {_DECIDES}"
-    if (size := given.get("size", given.get("shape"))) is not None:
-        flat = rank == 1 and isinstance(size, tuple | list) and list(size) == [-1]
-        return None if flat else "other sizes of its input would be changed"
-    if further := given.keys() - {"start_dim", "end_dim"}:
-        return f"it is called with {', '.join(sorted(further))}"
     of = m.reshape.function if isinstance(m.reshape.function, nn.Flatten) else None
     start = of.start_dim if of is not None else given.get("start_dim", 0)
     end = of.end_dim if of is not None else given.get("end_dim", -1)
     if rank > 0 and isinstance(start, int) and isinstance(end, int) and start % rank == end % rank:
         return None
-    return f"it joins dimensions of a {rank}-d tensor"
+    return fxr.Missed(f"it joins dimensions of a {rank}-d tensor")
 
 
 @fxr.rule(where=[keeps_shape], pure=True, quiet=True)

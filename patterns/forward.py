@@ -63,11 +63,10 @@ def same_channels(m: LayerNormed) -> str | None:
 def along_channels(layer: Layer, norm: nn.Module, between: fxr.Value, channels: int) -> str | None:
     """Why the dimension along which a norm scales is not that of a layer's channels, or None."""
     kinds = type(norm).__name__, type(layer).__name__
-    dims, wanted = norms.dims_of(norm), spatial_rank(layer)
-    if wanted == 0 and dims is not None and dims > 1:
-        return f"a {kinds[0]} does not normalise the features of a {kinds[1]}"
-    if wanted > 0 and dims not in (wanted, None):
-        return f"a {kinds[0]} does not normalise the channels of a {kinds[1]}"
+    wanted = spatial_rank(layer)
+    if not norms.reads_dims(norm, wanted):
+        what = "channels" if wanted else "features"
+        return f"a {kinds[0]} does not normalise the {what} of a {kinds[1]}"
     rank = between.rank
     if rank is None and wanted == 0:
         return (

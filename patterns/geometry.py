@@ -1,27 +1,33 @@
-"""Where convolutions read: whether two of one value are one, and their kernels' sum."""
+"""Where layers read: whether two of one value are one, and their kernels' sum."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
+from torch import nn
 
 import fxrewrite as fxr
 
-from .affine import ConvNd
+from .affine import ConvNd, in_channels, out_channels, wide
+
+Reading = ConvNd | nn.Linear
+R = TypeVar("R", bound=Reading)
 
 _MUST_AGREE = {
     "inputs": "input channels",
     "outputs": "output channels",
-    "groups": "groups",
     "stride": "stride",
 }
 
 
 @attrs.frozen
 class Geometry:
-    """Where a convolution reads, and what it makes; `before` and `after` are its padding."""
+    """Where a layer reads, and what it makes; `before` and `after` are its padding.
+
+    A linear layer is a convolution of no dimensions.
+    """
 
     dims: int
     inputs: int
@@ -35,8 +41,10 @@ class Geometry:
     mode: str
 
     @classmethod
-    def of(cls, conv: ConvNd) -> Geometry:
-        """That of a convolution."""
+    def of(cls, conv: Reading) -> Geometry:
+        """That of a layer."""
+        if isinstance(conv, nn.Linear):
+            return cls.pointwise(conv)
         reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "same":  # of an odd number, torch pads one more behind
             before = tuple(each // 2 for each in reach)
@@ -50,12 +58,13 @@ class Geometry:
         )  # fmt: skip
 
     @classmethod
-    def pointwise(cls, like: ConvNd) -> Geometry:
-        """That of a convolution that scales each channel that another one reads."""
-        dims, channels = len(like.kernel_size), like.in_channels
+    def pointwise(cls, like: Reading) -> Geometry:
+        """That of one with a kernel of 1, with the channels and groups of another."""
+        dims, groups = like.weight.dim() - 2, getattr(like, "groups", 1)
         ones, zeros = (1,) * dims, (0,) * dims
         return cls(
-            dims, channels, channels, like.groups, ones, ones, ones, zeros, zeros, "zeros"
+            dims, in_channels(like), out_channels(like), groups, ones, ones, ones, zeros, zeros,
+            "zeros",
         )  # fmt: skip
 
     @property
@@ -65,7 +74,13 @@ class Geometry:
         return tuple(before + after - d * (k - 1) for before, after, d, k in sides)
 
     def inside(self, other: Geometry) -> tuple[int, ...] | None:
-        """The index in another kernel at which this one starts; None where it is not inside."""
+        """The index in another kernel at which this one starts; None where it is not inside.
+
+        Inside is what takes no more work to compute there: a grouped convolution in one of fewer
+        groups, which reads more channels for each output.
+        """
+        if self.groups % other.groups:
+            return None
         if self.mode != other.mode and any((*self.before, *self.after)):
             return None
         found = []
@@ -81,11 +96,11 @@ class Geometry:
 
 
 def with_kernel(
-    conv: ConvNd, weight: torch.Tensor, bias: torch.Tensor | None, place: tuple[int, ...]
-) -> ConvNd:
-    """A convolution with another kernel added to its own.
+    conv: R, weight: torch.Tensor, bias: torch.Tensor | None, place: tuple[int, ...]
+) -> R:
+    """A layer with another kernel added to its own.
 
-    The sum is formed in float64 or complex128 and cast to the convolution's type.
+    The sum is formed in float64 or complex128 and cast to the layer's type.
 
     >>> from torch import nn
     >>> conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
@@ -95,25 +110,38 @@ def with_kernel(
     True
 
     Args:
-        conv: a convolution with a kernel of size K and C output channels.
-        weight: of the shape of the convolution's own, with a kernel that is no larger.
+        conv: a convolution with a kernel of size K and C output channels, or a linear layer.
+        weight: of the shape of the layer's own, with a kernel that is no larger, in as many groups
+            or more.
         bias: of shape (C,), or None.
         place: in each dimension, the index in K at which the other kernel starts.
     """
     dtype = conv.weight.dtype
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    total = conv.weight.to(wide, copy=True)
+    total = conv.weight.to(wide(dtype), copy=True)
     part: list[Any] = [slice(i, i + k) for i, k in zip(place, weight.shape[2:], strict=True)]
-    total[(..., *part)] += weight
+    total[(..., *part)] += _in_groups(weight, in_channels(conv), getattr(conv, "groups", 1))
     if conv.bias is not None:
-        bias = conv.bias.to(wide) + (0 if bias is None else bias)
+        bias = conv.bias.to(wide(dtype)) + (0 if bias is None else bias)
     return fxr.evolve(conv, weight=total.to(dtype), bias=None if bias is None else bias.to(dtype))
 
 
+def _in_groups(weight: torch.Tensor, channels: int, groups: int) -> torch.Tensor:
+    """A weight that computes the same in fewer groups: zero where its own did not read."""
+    inputs = weight.shape[1]
+    ratio = channels // inputs // groups
+    if ratio == 1:
+        return weight
+    of_group = weight.view(groups, ratio, -1, inputs, *weight.shape[2:])
+    spread = of_group.new_zeros(groups, ratio, of_group.shape[2], ratio, *of_group.shape[3:])
+    own = torch.arange(ratio)
+    spread[:, own, :, own] = of_group.transpose(0, 1)
+    return spread.view(len(weight), ratio * inputs, *weight.shape[2:])
+
+
 def misfit(one: Geometry, other: Geometry) -> str | None:
-    """Why two convolutions of one value are not one convolution, or None."""
+    """Why two layers of one value are not one layer, or None."""
     if one.dims != other.dims:
-        return f"one convolution has {one.dims} dimensions and the other {other.dims}"
+        return f"one layer reads {one.dims} dimensions and the other {other.dims}"
     for name, what in _MUST_AGREE.items():
         first, second = getattr(one, name), getattr(other, name)
         if first != second:
@@ -126,6 +154,11 @@ def misfit(one: Geometry, other: Geometry) -> str | None:
     if one.inside(other) is None and other.inside(one) is None:
         if one.mode != other.mode:
             return f"one branch pads by {one.mode} and the other by {other.mode}"
+        if one.groups != other.groups:
+            return (
+                f"the branches differ in groups, {one.groups} and {other.groups}, and none of the "
+                "two reads all that the other reads"
+            )
         return f"neither kernel, {_size(one)} or {_size(other)}, reads all that the other reads"
     return None
 

@@ -28,14 +28,14 @@ class _Known:
 
     Args:
         adapter: gives its scale and shift, or the reason why it has none.
-        dims: how many dimensions follow the channels in what it reads; None for any number.
+        dims: how many dimensions may follow the channels in what it reads; None for any number.
         checks: whether it raises for an input of another rank, or with other channels.
         half: whether it may read half precision with tensors in float32, and gives half.
         rest: the names of children that it calls on the result, in order.
     """
 
     adapter: Adapter
-    dims: int | None = None
+    dims: tuple[int, ...] | None = None
     checks: bool = False
     half: bool = False
     rest: tuple[str, ...] = ()
@@ -75,7 +75,8 @@ def foldable(kind: type[nn.Module] | str, *, dims: int | None = None) -> Callabl
     """
 
     def declare(adapter: F) -> F:
-        Norm.add(kind, _Known(lambda norm: adapter(_widened(norm)), dims))
+        allowed = None if dims is None else (dims,)
+        Norm.add(kind, _Known(lambda norm: adapter(_widened(norm)), allowed))
         return adapter
 
     return declare
@@ -93,18 +94,23 @@ def vectors(norm: nn.Module) -> Vectors | str:
     return scale, shift
 
 
-def dims_of(norm: nn.Module) -> int | None:
-    """How many dimensions follow the channels in what a norm reads; None for any number."""
-    return _known(norm).dims
+def reads_dims(norm: nn.Module, dims: int) -> bool:
+    """Whether a norm reads what has that many dimensions behind its channels, dimension 1."""
+    allowed = _known(norm).dims
+    return allowed is None or dims in allowed
 
 
-def checks_input(norm: nn.Module) -> bool:
-    """Whether a norm raises for an input of a rank, or with channels, that are not its own.
+def may_lack_batch(norm: nn.Module, rank: int | None) -> str | None:
+    """Why a norm may not normalise dimension 1 of what it reads, of unknown rank, or None.
 
-    Otherwise an input without a batch may be normalised along another dimension, and one of a
-    single channel spread over several.
+    Some take an input without a batch for one with a batch, and normalise another dimension.
     """
-    return _known(norm).checks
+    if rank is not None or _known(norm).checks:
+        return None
+    return (
+        f"a {type(norm).__name__} also takes an input without a batch, and whether this one has "
+        "one is not known; example_inputs would decide it"
+    )
 
 
 def takes_half(norm: nn.Module) -> bool:
@@ -146,19 +152,18 @@ def _running(norm: Any) -> Vectors | str:
     return scale_and_shift(norm)
 
 
-Norm.add(nn.BatchNorm1d, _Known(_running, 1, half=True))
-Norm.add(nn.BatchNorm2d, _Known(_running, 2, checks=True, half=True))
-Norm.add(nn.BatchNorm3d, _Known(_running, 3, checks=True, half=True))
+Norm.add(nn.BatchNorm1d, _Known(_running, (0, 1), half=True))
+Norm.add(nn.BatchNorm2d, _Known(_running, (2,), checks=True, half=True))
+Norm.add(nn.BatchNorm3d, _Known(_running, (3,), checks=True, half=True))
 Norm.add(nn.SyncBatchNorm, _Known(_running, half=True))
+# Of what is one dimension short, an instance norm takes the first for the channels, as it should.
 for _kind, _dims in {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}.items():
-    Norm.add(_kind, _Known(_running, _dims, checks=True))
+    Norm.add(_kind, _Known(_running, (_dims,), checks=True))
 
 # Other libraries' norms are named, so that nothing is imported for them.
-_FROZEN = _Known(_running, 2)
-Norm.add("torchvision.ops.misc.FrozenBatchNorm2d", _FROZEN)
+_TIMM = "timm.layers.norm_act"
 _THEN = ("drop", "act")
-Norm.add(
-    "timm.layers.norm_act.BatchNormAct2d", _Known(_running, 2, checks=True, half=True, rest=_THEN)
-)
-Norm.add("timm.layers.norm_act.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
-Norm.add("timm.layers.norm_act.FrozenBatchNormAct2d", _Known(_running, 2, rest=_THEN))
+Norm.add("torchvision.ops.misc.FrozenBatchNorm2d", _Known(_running, (2,)))
+Norm.add(f"{_TIMM}.BatchNormAct2d", _Known(_running, (2,), checks=True, half=True, rest=_THEN))
+Norm.add(f"{_TIMM}.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
+Norm.add(f"{_TIMM}.FrozenBatchNormAct2d", _Known(_running, (2,), rest=_THEN))

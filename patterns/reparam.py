@@ -1,66 +1,35 @@
-"""Make one convolution of parallel branches: sums of convolutions, norms and the value itself."""
+"""Make one layer of parallel branches: sums of layers, norms and the value that they read."""
 
 from __future__ import annotations
-
-import operator
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 import fxrewrite as fxr
 
-from .affine import ConvNd, scale_and_shift, scaled_and_shifted
-from .conv_bn import (
-    ConvBn,
-    fold_conv_bn,
-    has_running_stats,
-    same_device,
-    same_dtype,
-    same_rank,
-)
-from .geometry import Geometry, misfit, with_kernel
-
-ADD: tuple[Any, ...] = (
-    operator.add, operator.iadd, torch.add, "add", "add_",
-    torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor,
-)  # fmt: skip
-Idle = (
-    nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
-    | nn.AlphaDropout | nn.FeatureAlphaDropout
-)  # fmt: skip
-_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class NormAct(fxr.Family):
-    """A batch norm that may drop values and apply an activation after it has normalised."""
-
-
-NormAct.add("timm.layers.norm_act.BatchNormAct2d")
+from . import norms
+from .affine import in_channels, out_channels
+from .forward import alike, along_channels, fold_constant, fold_norm
+from .geometry import Geometry, Reading, misfit, with_kernel
+from .norms import Norm
+from .spellings import ADD, SUB, Idle
 
 
 @fxr.pattern
-class ConvNormAct(ConvBn):
-    """A convolution and a batch norm of that kind."""
+class Layered:
+    """A branch with a layer; what does nothing may stand around it."""
 
-    bn: NormAct  # type: ignore[assignment]
-
-
-@fxr.pattern
-class Convolved:
-    """A branch with a convolution; what does nothing may follow."""
-
-    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    before: tuple[Idle, ...]
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
     idle: tuple[Idle, ...]
 
 
 @fxr.pattern
 class Normed:
-    """A branch with a batch norm alone."""
+    """A branch with a norm alone."""
 
-    norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | NormAct
+    before: tuple[Idle, ...]
+    norm: Norm
     idle: tuple[Idle, ...]
 
 
@@ -73,49 +42,53 @@ class Passed:
 
 
 @fxr.pattern
-class TwoConvs:
-    """The sum of two convolutions that read one value."""
+class TwoLayers:
+    """The sum or difference of two layers that read one value."""
 
-    left: Convolved
-    right: Convolved
+    left: Layered
+    right: Layered
+    join: fxr.Call = fxr.call(*ADD, *SUB)
+
+
+@fxr.pattern
+class ThreeLayers:
+    """A layer that is added to the sum of two others."""
+
+    pair: TwoLayers
+    third: Layered
     join: fxr.Call = fxr.call(*ADD)
 
 
 @fxr.pattern
-class ConvAndNorm:
-    """The sum of a convolution and a batch norm that read one value."""
+class LayerAndNorm:
+    """The sum of a layer and a norm that read one value, or the layer less the norm."""
 
     x: fxr.Value
-    left: Convolved
+    left: Layered
     right: Normed
-    join: fxr.Call = fxr.call(*ADD)
+    join: fxr.Call = fxr.call(*ADD, *SUB)
 
 
 @fxr.pattern
-class ConvAndInput:
-    """A convolution that is added to what it reads, by way of what does nothing or not."""
+class LayerAndInput:
+    """A layer and what it reads, by way of what does nothing or not; their sum or difference."""
 
-    left: Convolved
+    left: Layered
     right: Passed | None
-    join: fxr.Call = fxr.call(*ADD)
+    join: fxr.Call = fxr.call(*ADD, *SUB)
 
 
 @fxr.pattern(anchor="plus")
 class PlusConstant:
     """A sum with a constant, as that with which Python's `sum` starts."""
 
-    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | None
+    made: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | Norm | None
     idle: tuple[Idle, ...]
     value: fxr.Value
     plus: fxr.Call = fxr.call(*ADD, side_inputs=False)
 
 
-def only_normalises(m: ConvNormAct) -> str | None:
-    """An activation of the norm's own would be lost."""
-    return _does_more(m.bn)
-
-
-def plain_sum(m: TwoConvs | ConvAndNorm | ConvAndInput) -> str | None:
+def plain_sum(m: TwoLayers | ThreeLayers | LayerAndNorm | LayerAndInput) -> str | None:
     """Both sides must be added as they are, into a new tensor."""
     further = {k: v for k, v in m.join.kwargs.items() if not (k == "alpha" and v == 1)}
     if not further:
@@ -123,39 +96,36 @@ def plain_sum(m: TwoConvs | ConvAndNorm | ConvAndInput) -> str | None:
     return f"the sum is called with {', '.join(f'{k}={v}' for k, v in further.items())}"
 
 
-def convs_fit(m: TwoConvs) -> str | None:
+def layers_fit(m: TwoLayers) -> str | None:
     """Both must read the same places for the same outputs, one kernel inside the other."""
-    one, other = m.left.conv, m.right.conv
-    return _types_differ(one.weight, other.weight) or misfit(Geometry.of(one), Geometry.of(other))
+    return _misfit(m.left.layer, m.right.layer)
 
 
-def input_fits(m: ConvAndInput) -> str | None:
-    """The convolution must make what has the shape of its input, each output in its place."""
-    return _no_place_for_input(m.left.conv)
+def three_fit(m: ThreeLayers) -> str | None:
+    """One of the three must read all that the others read."""
+    if plain_sum(m.pair) is not None or m.pair.join.function in SUB:
+        return fxr.Missed("it is no sum of three")
+    large, small = _sorted(m)
+    return next((why for each in small if (why := _misfit(large, each)) is not None), None)
 
 
-def norm_fits(m: ConvAndNorm) -> str | None:
-    """The norm must be a fixed scale and shift of the channels that the convolution reads."""
-    conv, norm = m.left.conv, cast(Any, m.right.norm)
-    dims = next(dims for kind, dims in _DIMS.items() if isinstance(norm, kind))
-    rank = m.x.rank
-    if dims != len(conv.kernel_size) or rank not in (None, dims + 2):
-        return (
-            f"a {type(norm).__name__} does not normalise the channels that the "
-            f"{type(conv).__name__} beside it reads"
-        )
-    if norm.running_mean is None or norm.running_var is None:
-        return "the batch norm keeps no running statistics and normalises by those of each batch"
-    if norm.num_features != conv.in_channels:
-        return f"the norm is of {norm.num_features} features, and there are {conv.in_channels}"
-    held = [t for t in (*norm._parameters.values(), norm.running_mean) if t is not None]
-    for each in held:
-        # Torch lets a batch norm in float32 read half precision, and gives half.
-        if not (each.dtype == torch.float32 and conv.weight.dtype in _HALF):
-            differ = _types_differ(conv.weight, each)
-            if differ is not None:
-                return differ
-    return _does_more(norm) or _no_place_for_input(conv)
+def norm_fits(m: LayerAndNorm) -> str | None:
+    """The norm must be a fixed scale and shift of the channels that the layer reads."""
+    layer, norm = m.left.layer, m.right.norm
+    rest = norms.rest_of(norm)
+    if rest is not None:
+        return f"the norm also applies a {type(rest).__name__}"
+    return (
+        norms.may_lack_batch(norm, m.x.rank)
+        or along_channels(layer, norm, m.x, in_channels(layer))
+        or alike(layer, norm)
+        or _no_place_for_input(layer)
+    )
+
+
+def input_fits(m: LayerAndInput) -> str | None:
+    """The layer must make what has the shape of its input, each output in its place."""
+    return _no_place_for_input(m.left.layer)
 
 
 def adds_zero(m: PlusConstant) -> str | None:
@@ -163,10 +133,10 @@ def adds_zero(m: PlusConstant) -> str | None:
     constants = list(m.plus.kwargs.items())
     numbers = [v for k, v in constants if k in ("input", "other")]
     if any(k not in ("input", "other", "alpha") for k, _ in constants) or len(numbers) != 1:
-        return "the sum is called with further arguments"
+        return fxr.Missed("the sum is called with further arguments")
     if type(numbers[0]) not in (int, float) or numbers[0] != 0:
-        return "it adds something other than the number 0"
-    if m.conv is not None:
+        return fxr.Missed("it adds something other than the number 0")
+    if m.made is not None:
         return None
     if m.value.dtype is None:
         return (
@@ -178,74 +148,109 @@ def adds_zero(m: PlusConstant) -> str | None:
     return None
 
 
-@fxr.rule(where=[only_normalises, same_rank, has_running_stats, same_dtype, same_device], pure=True)
-def fold_conv_norm_act(m: ConvNormAct) -> fxr.Replace:
-    """As `fold_conv_bn`, for a norm whose activation is an identity."""
-    return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(cast(Any, m.bn))), slot="conv")
-
-
-@fxr.rule(where=[adds_zero], pure=True)
+@fxr.rule(where=[adds_zero], pure=True, quiet=True)
 def drop_zero(m: PlusConstant) -> fxr.Revise:
     """Leave out the number 0 that a sum starts with, or that stands for an absent branch."""
     return fxr.Revise(plus=None)
 
 
-@fxr.rule(where=[plain_sum, convs_fit], pure=True)
-def sum_convs(m: TwoConvs) -> fxr.Replace:
+@fxr.rule(where=[plain_sum, layers_fit], pure=True, quiet=True)
+def sum_layers(m: TwoLayers) -> fxr.Replace:
     """Add the smaller kernel to the part of the larger one that reads the same places."""
-    left, right = m.left.conv, m.right.conv
-    is_right_larger = Geometry.of(right).inside(Geometry.of(left)) is None
-    large, small = (right, left) if is_right_larger else (left, right)
-    place = Geometry.of(small).inside(Geometry.of(large))
-    assert place is not None
-    slot = "right.conv" if is_right_larger else "left.conv"
-    return fxr.Replace(with_kernel(large, small.weight, small.bias, place), slot=slot)
+    left, right = m.left.layer, m.right.layer
+    signed = _negated(right) if _is_difference(m.join) else right
+    if Geometry.of(right).inside(Geometry.of(left)) is not None:
+        return fxr.Replace(_sum(left, signed), slot="left.layer")
+    return fxr.Replace(_sum(signed, left), slot="right.layer")
 
 
-@fxr.rule(where=[plain_sum, norm_fits], pure=True)
-def sum_conv_norm(m: ConvAndNorm) -> fxr.Replace:
+@fxr.rule(where=[plain_sum, three_fit], pure=True, quiet=True)
+def sum_three_layers(m: ThreeLayers) -> fxr.Replace:
+    """Add two kernels to a third that reads all that they read, as a 1x3 and a 3x1 to a 3x3."""
+    large, (one, other) = _sorted(m)
+    layers = {"pair.left": m.pair.left, "pair.right": m.pair.right, "third": m.third}
+    slot = next(name for name, each in layers.items() if each.layer is large)
+    return fxr.Replace(_sum(_sum(large, one), other), slot=f"{slot}.layer")
+
+
+@fxr.rule(where=[plain_sum, norm_fits], pure=True, quiet=True)
+def sum_layer_norm(m: LayerAndNorm) -> fxr.Replace:
     """Add the norm to the kernel's centre, as a convolution that scales each channel."""
-    return _with_channels(m.left.conv, *scale_and_shift(cast(Any, m.right.norm)))
+    found = norms.vectors(m.right.norm)
+    assert not isinstance(found, str)
+    scale, shift = (-found[0], -found[1]) if _is_difference(m.join) else found
+    return _with_channels(m.left.layer, scale, shift)
 
 
-@fxr.rule(where=[plain_sum, input_fits], pure=True)
-def sum_conv_input(m: ConvAndInput) -> fxr.Replace:
+@fxr.rule(where=[plain_sum, input_fits], pure=True, quiet=True)
+def sum_layer_input(m: LayerAndInput) -> fxr.Replace:
     """Add one to the kernel's centre, from each channel to itself."""
-    return _with_channels(m.left.conv, torch.ones(m.left.conv.in_channels), None)
+    layer, one = m.left.layer, -1.0 if _is_difference(m.join) else 1.0
+    return _with_channels(layer, torch.full((in_channels(layer),), one), None)
 
 
 reparam = fxr.RuleSet(
     "reparam",
-    [fold_conv_norm_act, fold_conv_bn, drop_zero, sum_convs, sum_conv_norm, sum_conv_input],
-    doc="Make one convolution of parallel branches, as those of RepVGG and MobileOne.",
+    [
+        fold_norm,
+        drop_zero,
+        fold_constant,
+        sum_layers,
+        sum_three_layers,
+        sum_layer_norm,
+        sum_layer_input,
+    ],
+    doc="Make one layer of parallel branches, as those of RepVGG and MobileOne.",
 )
 
 
-def _with_channels(conv: ConvNd, scale: torch.Tensor, shift: torch.Tensor | None) -> fxr.Replace:
-    """The convolution, plus what it reads with each channel scaled and shifted."""
-    place = Geometry.pointwise(conv).inside(Geometry.of(conv))
+def _sorted(m: ThreeLayers) -> tuple[Reading, list[Reading]]:
+    """The layer that reads most, as far as that can be said, and the others."""
+    layers = [m.pair.left.layer, m.pair.right.layer, m.third.layer]
+    large = max(layers, key=lambda each: each.weight[0].numel())
+    at = layers.index(large)
+    return large, layers[:at] + layers[at + 1 :]
+
+
+def _sum(large: Reading, small: Reading) -> Reading:
+    """A layer that computes the sum of two, of which one reads all that the other reads."""
+    place = Geometry.of(small).inside(Geometry.of(large))
     assert place is not None
-    channels = torch.arange(conv.in_channels, device=conv.weight.device)
-    of_group = conv.in_channels // conv.groups
-    kernel = scale.new_zeros((conv.in_channels, of_group), device=conv.weight.device)
+    return with_kernel(large, small.weight, small.bias, place)
+
+
+def _negated(layer: Reading) -> Reading:
+    bias = None if layer.bias is None else -layer.bias
+    return fxr.evolve(layer, weight=-layer.weight, bias=bias)
+
+
+def _is_difference(join: fxr.Call) -> bool:
+    return join.function in SUB
+
+
+def _with_channels(layer: Reading, scale: torch.Tensor, shift: torch.Tensor | None) -> fxr.Replace:
+    """The layer, plus what it reads with each channel scaled and shifted."""
+    place = Geometry.pointwise(layer).inside(Geometry.of(layer))
+    assert place is not None
+    channels = torch.arange(in_channels(layer), device=layer.weight.device)
+    of_group = layer.weight.shape[1]
+    kernel = scale.new_zeros((len(channels), of_group), device=layer.weight.device)
     kernel[channels, channels % of_group] = scale.to(kernel.device)
     shape = (*kernel.shape, *(1 for _ in place))
-    return fxr.Replace(with_kernel(conv, kernel.view(shape), shift, place), slot="left.conv")
+    return fxr.Replace(with_kernel(layer, kernel.view(shape), shift, place), slot="left.layer")
 
 
-def _does_more(norm: nn.Module) -> str | None:
-    after = (getattr(norm, name, None) for name in ("drop", "act"))
-    found = [each for each in after if each is not None and not isinstance(each, nn.Identity)]
-    return f"the norm also applies a {type(found[0]).__name__}" if found else None
+def _misfit(one: Reading, other: Reading) -> str | None:
+    return _types_differ(one.weight, other.weight) or misfit(Geometry.of(one), Geometry.of(other))
 
 
-def _no_place_for_input(conv: ConvNd) -> str | None:
-    if conv.in_channels != conv.out_channels:
+def _no_place_for_input(layer: Reading) -> str | None:
+    if in_channels(layer) != out_channels(layer):
         return (
-            f"the convolution makes {conv.out_channels} channels of {conv.in_channels}, so what "
+            f"the layer makes {out_channels(layer)} channels of {in_channels(layer)}, so what "
             "it reads is no part of what it makes"
         )
-    return misfit(Geometry.of(conv), Geometry.pointwise(conv))
+    return misfit(Geometry.of(layer), Geometry.pointwise(layer))
 
 
 def _types_differ(one: torch.Tensor, other: torch.Tensor) -> str | None:

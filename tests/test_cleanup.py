@@ -17,8 +17,7 @@ from fxrewrite.testing import check_rule
 X = nets.random_input((2, 4)).float()
 
 
-# Random arguments to torch's operator `to` end the process; casts are tested by the tables below.
-RULES = [rule for rule in fxr.get_rule_set("cleanup").rules if rule.name != "drop_cast"]
+RULES = fxr.get_rule_set("cleanup").rules
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d", "ignore:.*dropout.*")
@@ -74,6 +73,12 @@ def test_what_depends_on_the_input_needs_an_example(name: str) -> None:
     report = fxr.plan(model_of(GONE[name]), "cleanup")
     assert not report.applied
     assert "example_inputs would decide it" in str(report)
+
+
+def test_what_was_never_meant_is_no_finding() -> None:
+    """A permutation, a view of other sizes, a cast to another type are nothing to clean up."""
+    model = Forward(lambda m, x: x.permute(1, 0).reshape(2, 2, 2).double().flatten(1))
+    assert not fxr.plan(model, "cleanup", X).findings
 
 
 def test_in_a_module_tree_a_dropout_becomes_an_identity_and_stays_one() -> None:

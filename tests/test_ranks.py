@@ -178,7 +178,7 @@ def test_without_an_example_a_convolution_is_taken_to_read_a_batch(name: str) ->
 
 
 @pytest.mark.parametrize("partner", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4)], ids=["1d", "sync"])
-@pytest.mark.parametrize("rules", ["affine"])
+@pytest.mark.parametrize("rules", ["affine", "reparam"])
 def test_before_and_beside_a_convolution_a_lenient_norm_needs_an_example(
     rules: str, partner: nn.Module
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import attrs
+import torch
 from hypothesis import strategies as st
 from torch import nn
 
@@ -253,3 +254,8 @@ _register(
 )
 _register(nn.Upsample, scale_factor=st.just(2), ranks=(3, 4))
 _register(nn.ZeroPad2d, st.integers(0, 1), ranks=(4,))
+# Random arguments to these end the process.
+for _each in ("to", "type", torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries({"dtype": st.sampled_from([torch.float64, torch.float32])})
+    )
