@@ -98,6 +98,8 @@ def alike(layer: Layer, norm: nn.Module) -> str | None:
     if len(devices) > 1:
         return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
     found = {each.dtype for each in held}
+    if not found and isinstance(reason := norms.vectors(norm), str):
+        return reason
     # Torch lets a batch norm in float32 follow a layer in half precision, and gives half.
     mixed = norms.takes_half(norm) and found == {torch.float32} and own.dtype in _HALF
     if found == {own.dtype} or mixed:

@@ -129,6 +129,15 @@ def test_other_norms(norm: Any) -> None:
     rewritten(nn.Sequential(conv(), norm()), applied=1)
 
 
+def test_a_norm_without_statistics_says_so() -> None:
+    """One that holds no tensor at all is refused for what it does, not for its type."""
+    model = nn.Sequential(conv(), nn.InstanceNorm2d(4)).eval()
+    (finding,) = fxr.plan(model, "affine").refused
+    assert finding.reason == (
+        "the InstanceNorm2d keeps no running statistics and uses those of its input"
+    )
+
+
 def test_a_norm_with_an_activation_leaves_the_activation() -> None:
     """Of timm's BatchNormAct2d the norm goes, and drop and activation stay under its name."""
     timm = pytest.importorskip("timm")

@@ -324,3 +324,4 @@ def test_a_reason_is_the_same_in_each_model() -> None:
         "it reads the model's input, not a Conv2d"
     )
     assert general("stem.0 is in training mode") == "it is in training mode"
+    assert general("stem.0 may also be called") == "it may also be called"

@@ -26,7 +26,7 @@ WELL: tuple[Outcome, ...] = ("same", "left alone")
 _DESCRIBED = re.compile(r"\S+ \(([\w.]+(?:\(\))?)\)")
 _OF_THE_MODEL = re.compile(r"(the model's (?:input|attribute)) [^\s,]+")
 _PLACE = re.compile(r", at \S+:\d+: .*")
-_SUBJECT = re.compile(r"^\S+(?= (?:is|carries|holds|has) )")
+_SUBJECT = re.compile(r"^\S+(?= (?:is|carries|holds|has|may) )")
 
 
 class TableError(FxRewriteError):
