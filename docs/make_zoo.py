@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeAlias
 
 import timm
 from torchvision import models
@@ -26,7 +27,10 @@ MARKER = "<!-- What follows is written by docs/make_zoo.py. -->\n"
 PACKAGES = (
     "torch torchvision timm transformers segmentation_models_pytorch ultralytics numpy".split()
 )
+Variant: TypeAlias = "tuple[str, str]"  # rules, and what --into asked for
 LIBRARIES = ("torchvision", "timm")
+# So many kinds of reasons are listed for each rule set.
+MOST = 40
 NUMBERS = ("batch_norms", "anchors", "applied", "refused", "missed")
 
 
@@ -41,22 +45,33 @@ def lines(rows: list[Row]) -> Iterator[str]:
     """All tables."""
     yield from ("", f"Ran on {', '.join(versions())}.", "", "## In all", "")
     yield from outcomes(rows)
-    of_rules: dict[str, list[Row]] = defaultdict(list)
+    libraries: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        of_rules[row.rules].append(row)
-    for rules, group in of_rules.items():
-        libraries: dict[str, list[Row]] = defaultdict(list)
-        for row in group:
-            libraries[library(row)].append(row)
-        for name, ran in libraries.items():
-            yield from ("", f"## {name}, `{rules}`", "")
-            yield from families(ran) if name == "timm" else per_model(ran)
-        yield from ("", f"## All reasons, `{rules}`", "")
+        libraries[library(row)].append(row)
+    for name, ran in libraries.items():
+        yield from ("", f"## {name}", "")
+        yield from families(ran) if name == "timm" else per_model(ran)
+    for each, group in by_variant(rows).items():
+        yield from ("", f"## Reasons, {label(each)}", "")
         yield from reasons(group)
     yield from ("", "## Every row that is not plainly the same", "")
     yield from odd(rows)
     yield from ("", "## Not run", "")
     yield from not_run(rows)
+
+
+def by_variant(rows: list[Row]) -> dict[Variant, list[Row]]:
+    """The rows of each rule set and `--into`, in the order of their first appearance."""
+    groups: dict[Variant, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.rules, row.asked].append(row)
+    return groups
+
+
+def label(variant: Variant) -> str:
+    """A rule set, and into what if that was asked for."""
+    rules, asked = variant
+    return f"`{rules}` into {asked}" if asked else f"`{rules}`"
 
 
 def versions() -> Iterator[str]:
@@ -80,52 +95,78 @@ def outcomes(rows: list[Row]) -> Iterator[str]:
     """One line for each library, rules and outcome."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[library(row), row.rules, row.outcome].append(row)
+        groups[library(row), label((row.rules, row.asked)), row.outcome].append(row)
     cells = [
-        (name, f"`{rules}`", outcome, len(group), *sums(group))
-        for (name, rules, outcome), group in sorted(groups.items())
+        (*key, len(group), *sums(group), max(row.peak_mib or 0 for row in group))
+        for key, group in sorted(groups.items())
     ]
-    yield from table(("library", "rules", "outcome", "models", *NUMBERS), cells)
+    numbers = (name.replace("_", " ") for name in NUMBERS)
+    yield from table(("library", "rules", "outcome", "models", *numbers, "largest MiB"), cells)
 
 
 def per_model(rows: list[Row]) -> Iterator[str]:
-    """One line for each model."""
+    """One line for each model, one column for each rule set and `--into`."""
+    of_model: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        of_model[row.model].append(row)
+    variants = list(by_variant(rows))
     cells = [
         (
-            Path(row.model).name,
-            row.outcome,
-            row.into,
-            *sums([row]),
-            error(row.original_error),
-            error(row.rewritten_error),
-            row.inputs.replace(":float32", ""),
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-            row.peak_mib or "",
+            Path(model).name,
+            max(row.batch_norms or 0 for row in group),
+            next((row.into for row in group if not row.asked and row.into), ""),
+            *(applied(own.get(each, [])) for own in [by_variant(group)] for each in variants),
+            largest_error(row.original_error for row in group),
+            largest_error(row.rewritten_error for row in group),
+            group[0].inputs.replace(":float32", ""),
+            f"{max(row.seconds or 0 for row in group):.0f}",
+            max(row.peak_mib or 0 for row in group),
         )
-        for row in sorted(rows, key=lambda row: row.model)
+        for model, group in sorted(of_model.items())
     ]
     heads = ("original's error", "rewritten's", "inputs", "s", "MiB")
-    yield from table(("model", "outcome", "into", *NUMBERS, *heads), cells)
+    yield from table(("model", "batch norms", "into", *map(label, variants), *heads), cells)
 
 
 def families(rows: list[Row]) -> Iterator[str]:
-    """One line for each of timm's modules."""
-    ran = {row.model.partition("/")[2]: row for row in rows}
+    """One line for each of timm's modules, one column for each rule set and `--into`."""
+    variants = list(by_variant(rows))
+    of_model: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        of_model[row.model.partition("/")[2]].append(row)
     cells = []
     for family in timm.list_modules():
         names = timm.list_models(module=family)
-        group = [ran[name] for name in names if name in ran]
+        group = [row for name in names for row in of_model[name]]
         examined = [row for row in group if row.outcome != "left alone"]
-        same = sum(row.outcome == "same" for row in examined)
-        worst = max((row.rewritten_error or 0 for row in examined), default=None)
-        into = Counter(row.into for row in examined if row.into)
-        modes = ", ".join(f"{count} {name}" for name, count in into.most_common())
-        cells.append((family, len(names), len(examined), same, modes, *sums(group), error(worst)))
-    yield from table(("family", "models", "ran", "same", "into", *NUMBERS, "largest error"), cells)
+        ran = {row.model: row for row in examined}
+        into = Counter(row.into for row in examined if row.into and not row.asked)
+        cells.append(
+            (
+                family,
+                len(names),
+                len(ran),
+                len({row.model for row in examined if row.outcome != "same"}),
+                ", ".join(f"{count} {name}" for name, count in into.most_common()),
+                sum(row.batch_norms or 0 for row in ran.values()),
+                *(applied(own.get(each, [])) for own in [by_variant(group)] for each in variants),
+                largest_error(row.rewritten_error for row in examined),
+            )
+        )
+    heads = ("family", "models", "ran", "not the same", "into", "batch norms")
+    yield from table((*heads, *map(label, variants), "largest error"), cells)
+
+
+def applied(rows: list[Row]) -> str:
+    """How many anchors were rewritten, of how many; or what became of the one row instead."""
+    if len(rows) == 1 and rows[0].outcome != "same":
+        return rows[0].outcome
+    done, anchors = (sum(getattr(row, name) for row in rows) for name in ("applied", "anchors"))
+    return "" if not rows else f"{done:,}" if done == anchors else f"{done:,} of {anchors:,}"
 
 
 def reasons(rows: list[Row]) -> Iterator[str]:
-    """Each distinct reason, how often, and where for example."""
+    """The reasons of what stayed, how often, and where for example; the rare ones counted only."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}
     for row in rows:
@@ -135,9 +176,12 @@ def reasons(rows: list[Row]) -> Iterator[str]:
             examples.setdefault(key, f"{short(row)}: {each['example']}")
     cells = [
         (count, outcome, reason, examples[outcome, reason])
-        for (outcome, reason), count in counts.most_common()
+        for (outcome, reason), count in counts.most_common(MOST)
     ]
     yield from table(("anchors", "outcome", "reason", "for example"), cells)
+    rare = counts.most_common()[MOST:]
+    if rare:
+        yield from ("", f"And {len(rare)} more, of {sum(count for _, count in rare)} anchors.")
 
 
 def odd(rows: list[Row]) -> Iterator[str]:
@@ -145,7 +189,7 @@ def odd(rows: list[Row]) -> Iterator[str]:
     told = [
         row for row in rows if row.outcome not in WELL or (row.outcome == "same" and row.detail)
     ]
-    cells = [(short(row), f"`{row.rules}`", row.outcome, row.detail) for row in told]
+    cells = [(short(row), label((row.rules, row.asked)), row.outcome, row.detail) for row in told]
     yield from table(("model", "rules", "outcome", "detail"), cells) if cells else ["None."]
 
 
@@ -155,15 +199,16 @@ def not_run(rows: list[Row]) -> Iterator[str]:
     alone: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in rows:
         name = row.model.partition("/")[2]
-        ran[library(row), row.rules].add(name)
+        key = library(row), label((row.rules, row.asked))
+        ran[key].add(name)
         if row.outcome == "left alone":
-            alone[library(row), row.rules, row.detail].append(name)
+            alone[(*key, row.detail)].append(name)
     for (name, rules, detail), names in sorted(alone.items()):
-        yield f"- {name}, `{rules}`: {len(names)} left alone, since {detail}."
+        yield f"- {name}, {rules}: {len(names)} left alone, since {detail}."
     everything = {"torchvision": set(models.list_models()), "timm": set(timm.list_models())}
     for (name, rules), names in sorted(ran.items()):
         if left := everything.get(name, set()) - names:
-            yield f"- {name}, `{rules}`: {len(left)} of {len(everything[name])} were not reached."
+            yield f"- {name}, {rules}: {len(left)} of {len(everything[name])} were not reached."
 
 
 def short(row: Row) -> str:
@@ -177,14 +222,15 @@ def sums(rows: Iterable[Row]) -> list[int]:
     return [sum(getattr(row, name) or 0 for row in group) for name in NUMBERS]
 
 
-def error(value: float | None) -> str:
-    """A relative error, or nothing."""
-    return "" if value is None else f"{value:.1e}" if value else "0"
+def largest_error(values: Iterable[float | None]) -> str:
+    """The largest of some relative errors, or nothing where none was measured."""
+    known = [each for each in values if each is not None]
+    return f"{max(known):.1e}" if known else ""
 
 
 def table(heads: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[str]:
     """A table in Markdown."""
-    yield f"| {' | '.join(head.replace('_', ' ') for head in heads)} |"
+    yield f"| {' | '.join(heads)} |"
     yield f"|{' --- |' * len(heads)}"
     for row in cells:
         yield f"| {' | '.join(escaped(cell) for cell in row)} |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -133,6 +134,7 @@ def _examine(pipe: Connection, subject: Subject, settings: Settings, bounds: Bou
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # what models print is no part of a sweep
         os.dup2(quiet, stream)
+    gc.freeze()  # what the server imported would only be copied by looking for garbage in it
     torch.set_num_threads(settings.threads)
     row = examine(subject, settings, pipe.send)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
