@@ -38,6 +38,17 @@ class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
 
+class Faded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.scale = nn.Parameter(torch.full((3, 1, 1), 1e-9))
+        self.head = nn.Conv2d(3, 5, 1)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        return self.head(x + self.scale * self.inner(x))
+
 class Crashes(nn.Module):
     def forward(self, x):
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -151,6 +162,14 @@ def test_a_wrong_rewrite_is_found(folder: Path) -> None:
     assert code == 2
     assert rows["net"]["outcome"] == "differs"
     assert "in float64: relative difference" in rows["net"]["detail"]
+
+
+def test_a_wrong_rewrite_is_found_where_the_model_begins_as_nothing(folder: Path) -> None:
+    """Behind a layer scale of almost zero, and a last layer of zeros."""
+    code, rows = sweep(folder, "Faded", options=("--rules", "forgets_eps"))
+    assert code == 2
+    assert rows["Faded"]["outcome"] == "differs"
+    assert rows["Faded"]["difference"] > 1e-3
 
 
 def test_a_larger_model_is_left_alone(folder: Path) -> None:

@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import LoadError
 from ..proof.running import SEED, called, cloned
 
+_ABOUT_ZERO = 1e-3
+
 
 def random_input(text: str, model: nn.Module) -> torch.Tensor:
     """A random tensor as described, such as `10,3,224,224` or `1,16:int64`.
@@ -86,6 +88,43 @@ def randomise_batch_norms(model: nn.Module, inputs: Any) -> int:
         called(model, cloned(inputs))
     for bn in norms:
         randomise(bn, (torch.ones(()),))  # those that this run did not come to
+    return count
+
+
+def randomise_constants(model: nn.Module) -> int:
+    """Give random values to each parameter that is one number throughout, in place.
+
+    Behind a layer that scales by zero, or by next to nothing, a wrong rewrite would show nowhere.
+    Models are often initialised so: the last layer of a branch, a layer scale, a classifier.
+
+    >>> linear = nn.Linear(4, 2)
+    >>> _ = nn.init.zeros_(linear.weight)
+    >>> randomise_constants(linear)
+    1
+
+    Args:
+        model: the model; a parameter of a single number is left alone unless it is about zero.
+
+    Returns:
+        How many parameters there were.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    count = 0
+    for parameter in model.parameters():
+        if nn.parameter.is_lazy(parameter) or not parameter.is_floating_point():
+            continue
+        values = parameter.detach().flatten()
+        if not len(values) or not bool((values == values[0]).all()):
+            continue
+        if len(values) == 1 and abs(float(values)) > _ABOUT_ZERO:
+            continue
+        # A vector scales or shifts channels; of a larger one, the products are summed.
+        is_vector = len(values) == max(parameter.shape, default=1)
+        spread = 0.2 if is_vector else (parameter.shape[0] / len(values)) ** 0.5
+        drawn = torch.randn(parameter.shape, generator=generator) * spread
+        with torch.no_grad():
+            parameter.add_(drawn.to(parameter))
+        count += 1
     return count
 
 

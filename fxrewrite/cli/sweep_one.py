@@ -21,7 +21,7 @@ from ..proof.verifying import Verification, verify
 from ..registry import get_rule_set
 from ..rewriting import Into
 from ..ruleset import RuleSet
-from .randomising import randomise_batch_norms
+from .randomising import randomise_batch_norms, randomise_constants
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted
 
@@ -86,6 +86,7 @@ def _examine(
         found |= {"outcome": "left alone", "detail": f"it has more than {most:,} parameters"}
         return
     rule_sets = [get_rule_set(name) for name in settings.rules]
+    randomise_constants(model)
     tell("being run")
     inputs = _first_taken(model, subject)
     found["inputs"] = " ".join(map(_described, inputs))
