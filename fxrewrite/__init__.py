@@ -5,10 +5,10 @@ A rule is a small pure function from a match to a replacement. The engine finds 
 it was.
 """
 
-from .actions import Action, Bypass, Replace, Revise
+from .actions import Action, Bypass, Replace, Revise, Split
 from .api import fuse, localise, plan, rewrite
 from .compiling import backend, inductor_pass
-from .declare import call, chain, pattern, pattern_of
+from .declare import call, chain, pattern, pattern_of, siblings
 from .errors import (
     ExpectationError,
     FxRewriteError,
@@ -40,7 +40,7 @@ from .registry import get_rule_set, register, rule_set_names
 from .report import Finding, Report
 from .restoring import load
 from .ruleset import Guard, Rule, RuleSet, rule
-from .steps import Call, Pattern, Step, Value
+from .steps import Call, Pattern, Siblings, Step, Value
 
 __all__ = [
     "Action",
@@ -64,6 +64,8 @@ __all__ = [
     "Rule",
     "RuleError",
     "RuleSet",
+    "Siblings",
+    "Split",
     "Step",
     "TensorCheck",
     "TraceError",
@@ -97,5 +99,6 @@ __all__ = [
     "rule",
     "rule_set_names",
     "set_submodule",
+    "siblings",
     "verify",
 ]

@@ -1,4 +1,7 @@
-"""What a rule may return: the chain becomes a module's call, other calls, or loses steps."""
+"""What a rule may return: the chain becomes a module's call, other calls, or loses steps.
+
+Siblings become one call, whose result is split.
+"""
 
 from __future__ import annotations
 
@@ -56,4 +59,23 @@ class Revise:
         self.__attrs_init__(steps)
 
 
-Action: TypeAlias = Replace | Revise | Call | Bypass
+@attrs.frozen(eq=False)
+class Split:
+    """Siblings become one call of this module, and each is a part of what that gives.
+
+    The module takes the qualified name of the first sibling, where nothing else uses that name.
+
+    >>> Split(nn.Linear(4, 5), sizes=(2, 3)).sizes
+    (2, 3)
+
+    Args:
+        module: the new module.
+        sizes: the size of each sibling's part along the dimension that the pattern names, in the
+            order of the siblings.
+    """
+
+    module: nn.Module
+    sizes: tuple[int, ...]
+
+
+Action: TypeAlias = Replace | Revise | Split | Call | Bypass

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .parametrized import without_parametrizations
 from .sites import Link, Site
-from .steps import Call, Pattern, Value
+from .steps import Call, Pattern, Siblings, Value
 from .view import GraphView
 
 
@@ -29,9 +29,11 @@ def _instance(pattern: Pattern, links: tuple[Link, ...], start: fx.Node, view: G
     trunk = [each for each in links if each.branch == own]
     for link in trunk:
         value = _captured(link, view)
-        if link.step.repeats:
+        if link.step.repeats or link.step.siblings:
             value = (*fields.get(link.step.name, ()), value)
         fields[link.step.name] = value
+    if pattern.is_group:
+        fields[pattern.steps[0].name] = Siblings(fields[pattern.steps[0].name])
     for name, index in pattern.values:
         if index == 0:
             fields[name] = value_of(start)

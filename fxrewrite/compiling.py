@@ -130,6 +130,7 @@ class _Rewriting:
                 node.op, node.target = "get_attr", node.name
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             view = GraphView(self.graph_module, graph, constants)
+            view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
             read_by = _constants_read(view)
             applied = apply(view, self._rule_sets, IntoGraph(), Script())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .actions import Action, Bypass, Replace, Revise
+from .actions import Action, Bypass, Replace, Revise, Split
 from .errors import RuleError
 from .modules import same_module
 from .ruleset import Rule
@@ -31,7 +31,7 @@ def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
     return answer if isinstance(answer, str) else _not_finite(answer, match) or answer
 
 
-def failure(rule: Rule[Any], site: Site, what: str) -> RuleError:
+def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
     """The error for a rule that breaks its contract: which, where, and what it did."""
     declared = f" ({rule.source})" if rule.source else ""
     return RuleError(f"rule {rule.name!r}{declared} at {site}: {what}")
@@ -42,6 +42,8 @@ def same_action(one: Action, other: Action) -> bool:
     if isinstance(one, Replace) and isinstance(other, Replace):
         alone = not one.inputs and not other.inputs
         return alone and one.slot == other.slot and same_module(one.module, other.module)
+    if isinstance(one, Split) and isinstance(other, Split):
+        return one.sizes == other.sizes and same_module(one.module, other.module)
     if isinstance(one, Revise) and isinstance(other, Revise):
         pairs = [(module, other.steps.get(name)) for name, module in one.steps.items()]
         return one.steps.keys() == other.steps.keys() and all(
@@ -78,17 +80,18 @@ def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
         action = rule.build(match)
     except Exception as error:
         raise failure(rule, site, f"it raised {error!r}") from error
-    if not isinstance(action, Replace | Revise | Call | Bypass):
-        raise failure(
-            rule,
-            site,
-            f"it returned {action!r}, not a Replace, Revise, Call or Bypass; "
-            "to decline, use a guard",
-        )
+    wanted = (Split,) if rule.pattern.is_group else (Replace, Revise, Call, Bypass)
+    if not isinstance(action, wanted):
+        names = " or ".join(each.__name__ for each in wanted)
+        raise failure(rule, site, f"it returned {action!r}, not a {names}; to decline, use a guard")
     if isinstance(action, Revise):
         _check_steps(rule, site, action)
-    if isinstance(action, Replace) and not isinstance(action.module, nn.Module):
-        raise failure(rule, site, f"it returned Replace({action.module!r}), which is not a module")
+    if isinstance(action, Replace | Split) and not isinstance(action.module, nn.Module):
+        what = f"{type(action).__name__}({action.module!r})"
+        raise failure(rule, site, f"it returned {what}, which is not a module")
+    if isinstance(action, Split) and len(action.sizes) != len(site.links):
+        count = len(site.links)
+        raise failure(rule, site, f"it returned {len(action.sizes)} sizes for {count} siblings")
     return action
 
 
@@ -139,11 +142,11 @@ def _tensors_given(match: Any) -> Iterator[torch.Tensor]:
             yield each
 
 
-def _tensors_of(action: Replace | Revise | Call) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors_of(action: Replace | Revise | Split | Call) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(action, Call):
         leaves = pytree.tree_leaves((action.args, dict(action.kwargs)))
         yield from (("constant", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    elif isinstance(action, Replace):
+    elif isinstance(action, Replace | Split):
         yield from _tensors_in(action.module)
     else:
         for module in action.steps.values():

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import dataclass_transform
 
 from .errors import PatternError
-from .steps import Branch, Call, Pattern, Step, Value
+from .steps import Alike, Branch, Call, Pattern, Siblings, Step, Value
 
 T = TypeVar("T")
 
@@ -25,6 +25,13 @@ class _CallTargets:
     targets: tuple[Any, ...]
     chain: str | tuple[str, ...] | None
     side_inputs: bool
+
+
+@attrs.frozen
+class _SiblingTargets:
+    dim: int
+    keeps_sizes: bool
+    alike: Alike | None
 
 
 def call(
@@ -58,6 +65,27 @@ def call(
     return _CallTargets(targets, chain, side_inputs)
 
 
+def siblings(*, dim: int, keeps_sizes: bool = False, alike: Alike | None = None) -> Any:
+    """Declare a group of calls that read one value; the field's type is `Siblings[...]`.
+
+    Of such a group one call can be made, which gives the values of all side by side.
+
+    >>> @pattern
+    ... class SameWidth:
+    ...     linears: Siblings[nn.Linear] = siblings(
+    ...         dim=-1, alike=lambda linear: {"width": linear.out_features}
+    ...     )
+
+    Args:
+        dim: the dimension along which the outputs of siblings can stand side by side.
+        keeps_sizes: whether in all other dimensions an output has the size of what was read.
+        alike: what siblings must have in common, by names that a reason can give. Of calls that
+            read one value, those whose modules give the same are siblings, so one value may have
+            several groups. It must change nothing that it is given.
+    """
+    return _SiblingTargets(dim, keeps_sizes, alike)
+
+
 def chain(anchor: str | None = None, /, **steps: Any) -> type[Any]:
     """Declare a pattern without a class statement: each keyword is a step, in chain order.
 
@@ -80,7 +108,7 @@ def chain(anchor: str | None = None, /, **steps: Any) -> type[Any]:
 def pattern(cls: type[T], /) -> type[T]: ...
 @overload
 def pattern(*, anchor: str) -> Callable[[type[T]], type[T]]: ...
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(call,))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(call, siblings))
 def pattern(cls: type[Any] | None = None, /, *, anchor: str | None = None) -> Any:
     """Make a class a pattern: its fields, in order, are a chain's steps; an instance is a match.
 
@@ -90,7 +118,8 @@ def pattern(cls: type[Any] | None = None, /, *, anchor: str | None = None) -> An
     that is made by hand may leave it out: nothing is known of it then.
     A field whose type is another pattern is a branch: branches come first, all start from one
     value, and the first step, a `Call`, joins them. A branch that may be absent (`P | None`) is
-    then the shared value itself.
+    then the shared value itself. A field of type `Siblings[A]` is a group of calls that read one
+    value, and the only step of its pattern.
 
     >>> @pattern
     ... class ConvBn:
@@ -162,6 +191,8 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     )
     if branches:
         _check_branches(cls, branches, steps, list(hints))
+    if any(step.siblings for step in steps) and (branches or len(steps) > 1):
+        raise PatternError(f"{cls.__name__}: a group of siblings is the only step of its pattern")
     for step in steps[1:] if branches else steps:
         if isinstance(step.chain, tuple):
             raise PatternError(f"{cls.__name__}.{step.name}: it joins nothing, so chain= is a name")
@@ -187,6 +218,8 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
         for name in names
         if hints[name] is Value
     )
+    if steps[0].siblings and any(index for _, index in values):
+        raise PatternError(f"{cls.__name__}: a value stands before the siblings that read it")
     made.__fxrewrite_pattern__ = Pattern(made, steps, at, values, branches)
     return made
 
@@ -235,6 +268,8 @@ def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
 
 def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
     where = f"{cls.__name__}.{name}"
+    if typing.get_origin(hint) is Siblings:
+        return _group(where, name, typing.get_args(hint)[0], default)
     repeats = typing.get_origin(hint) is tuple
     if repeats:
         if len(typing.get_args(hint)) != 2 or typing.get_args(hint)[1] is not Ellipsis:
@@ -265,6 +300,16 @@ def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
         found = wrong[0] if wrong else hint
         raise PatternError(f"{where}: expected a subclass of nn.Module, found {found!r}")
     return Step(name, kinds, optional=optional, repeats=repeats)
+
+
+def _group(where: str, name: str, hint: Any, default: Any) -> Step:
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if not all(map(_is_module_type, kinds)):
+        raise PatternError(f"{where}: siblings are calls of modules; {hint!r} is no module type")
+    if not isinstance(default, _SiblingTargets):
+        raise PatternError(f"{where}: a group is declared `{name}: Siblings[A] = siblings(...)`")
+    about = attrs.asdict(default, recurse=False)
+    return Step(name, kinds, siblings=True, **about)
 
 
 def _sorted_targets(where: str, targets: tuple[Any, ...]) -> tuple[Any, Any, Any]:

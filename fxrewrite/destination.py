@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from .actions import Action, Bypass, Replace, Revise
+from .actions import Action, Bypass, Replace, Revise, Split
 from .effects import Effects, hands_on
 from .sites import Link, Site, describe, name_of
 from .soundness import written_meanwhile
@@ -58,6 +58,8 @@ class IntoModules:
     ) -> str | None:
         """The forward calls what it calls, each module once; only what it calls may change."""
         view = self._view
+        if isinstance(action, Split):
+            return f"siblings become one call, which the forward would have to split; {_ELSEWHERE}"
         changed = list(site.links)
         if isinstance(action, Revise):
             changed = [link for link in changed if link.step.name in action.steps]

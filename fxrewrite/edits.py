@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import attrs
@@ -9,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from .actions import Action, Bypass, Replace, Revise
+from .actions import Action, Bypass, Replace, Revise, Split
 from .sites import Link, Site
 from .steps import Call, Value
 from .view import GraphView
@@ -34,7 +35,7 @@ class Made:
 
     `reads` are the values that it reads, or hands on, the chain's input first; `calls` are the
     calls of new modules; `kept` are those of the chain's nodes that stay, each with the value that
-    the chain has there from now on.
+    the chain has there from now on. Of siblings, `parts` are the new values in their order.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -44,6 +45,7 @@ class Made:
     calls: tuple[NewCall, ...] = ()
     kept: tuple[tuple[Link, fx.Node], ...] = ()
     revises: bool = False
+    parts: tuple[fx.Node, ...] = ()
 
 
 def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> Made:
@@ -67,6 +69,8 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
         return Made(nodes, place, node, reads, (NewCall(action.module, node, reads, slot),))
     if isinstance(action, Revise):
         return _revised(view, site, action)
+    if isinstance(action, Split):
+        return _split(view, site, action)
     if action.node is not None:
         return _made_again(view, site, action.node)
     place = site.last if _Speller.reads_values(action) else first
@@ -112,6 +116,24 @@ def _revised(view: GraphView, site: Site, action: Revise) -> Made:
     return Made(tuple(nodes), first, value, reads, tuple(calls), tuple(kept), revises=True)
 
 
+def _split(view: GraphView, site: Site, action: Split) -> Made:
+    """The first sibling's node will call the new module; after it the parts are taken out."""
+    first = site.links[0]
+    with view.graph.inserting_after(first.node):
+        dim = site.pattern.steps[0].dim
+        split = view.graph.call_function(
+            torch.split_with_sizes, (first.node, list(action.sizes), dim)
+        )
+    parts: list[fx.Node] = []
+    for i in range(len(site.links)):
+        with view.graph.inserting_after(parts[-1] if parts else split):
+            parts.append(view.graph.call_function(operator.getitem, (split, i)))
+    reads = (site.input,)
+    call = NewCall(action.module, first.node, reads, first)
+    nodes = (split, *parts)
+    return Made(nodes, first.node, first.node, reads, (call,), parts=tuple(parts))
+
+
 def _made(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Made:
     read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
     outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
@@ -148,6 +170,8 @@ def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
 
     Gives the nodes that stand there now, in order.
     """
+    if made.parts:
+        return _hand_over_parts(view, site, made)
     last, result = site.last, made.result
     if result is not site.input:
         for node in made.nodes:
@@ -167,6 +191,20 @@ def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
             _erase_unread(view, read)
     ours = [*made.nodes, *(node for node in site.nodes if node in stay)]
     return sorted(ours) if made.revises else ours
+
+
+def _hand_over_parts(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
+    """Move the readers of each sibling to its part, and erase the siblings but the first."""
+    split = made.nodes[0]
+    for link, part in zip(site.links, made.parts, strict=True):
+        part.meta = dict(link.node.meta)
+        link.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not split)
+    for link in site.links[1:]:
+        _erase(view, link.node)
+    # What was known of the first sibling's value is not true of the whole.
+    made.result.meta = _provenance(made.result)
+    split.meta = _provenance(made.result)
+    return [made.result, *made.nodes]
 
 
 def _erase_unread(view: GraphView, constants: list[fx.Node]) -> None:

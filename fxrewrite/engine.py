@@ -9,10 +9,11 @@ import attrs
 from torch import fx, nn
 
 from . import edits
-from .actions import Action, Replace
+from .actions import Action, Replace, Split
 from .deciding import failure, same_action
 from .destination import Destination
 from .effects import Effects
+from .grouping import fit, group
 from .guards import Missed
 from .matching import Matcher, accepts, calls, reads_one_value
 from .parametrized import is_parametrized
@@ -20,7 +21,7 @@ from .renewing import renew
 from .replaying import Script
 from .report import Bystander, Finding, Outcome
 from .ruleset import Rule
-from .sites import Link, Miss, Site, name_of
+from .sites import Alone, Link, Miss, Site, name_of
 from .soundness import action_refusal, refusal
 from .view import GraphView
 
@@ -61,15 +62,24 @@ class Engine:
         self._declined: dict[fx.Node, list[Finding]] = {}
         self._applied: list[tuple[int, Finding]] = []
         self._pending: list[fx.Node] = []
+        # Rules that wait until no other applies.
+        self._waiting = any(rule.last for rule in rules)
         # What a rule made is no anchor of the model, and not accounted for.
         self._made: set[fx.Node] = set()
         self._lineage: dict[fx.Node, tuple[str, ...]] = {}
+        # Why a call had to be left out when its siblings became one.
+        self._left_out: dict[fx.Node, str] = {}
         self._shared: dict[tuple[Any, ...], _Placed] = {}
 
     def run(self) -> list[Finding]:
         """Rewrite until nothing changes; the findings are in the order of the graph."""
         while self._walk():
             pass
+        if self._waiting:
+            self._waiting = False
+            self._rules_by_callee.clear()
+            while self._walk():
+                pass
         declined = [(self._order[node], _nearest(said)) for node, said in self._declined.items()]
         return [found for _, found in sorted(self._applied + declined, key=lambda at: at[0])]
 
@@ -87,6 +97,7 @@ class Engine:
                 roles[key] = [
                     (rule, at)
                     for rule in self._rules
+                    if not rule.pattern.is_group  # of which all are anchors
                     for at, step in enumerate(rule.pattern.steps)
                     if not step.repeats and accepts(step, node, self._view)
                 ]
@@ -115,8 +126,11 @@ class Engine:
         declined: list[Finding] = []
         for rule in rules:
             anchor = name_of(node)
-            found = Matcher(rule.pattern, self._view, node).match()
-            if isinstance(found, Miss):
+            found = self._find(rule, node)
+            if isinstance(found, str):
+                declined.append(Finding(anchor, "refused", rule.name, cause=found))
+                continue
+            if not isinstance(found, Site):
                 if not rule.quiet:
                     declined.append(Finding(anchor, "missed", rule.name, cause=found))
                 continue
@@ -129,6 +143,8 @@ class Engine:
                 self._applied.append((order, finding))
                 self._script.applied.append((rule, finding))
                 return outcome.made
+            if rule.pattern.is_group:  # each sibling is told of by itself
+                steps, nodes = (), ()
             is_missed = isinstance(outcome, Missed)
             if not (is_missed and rule.quiet):
                 what: Outcome = "missed" if is_missed else "refused"
@@ -137,13 +153,28 @@ class Engine:
             self._declined[node] = declined
         return None
 
+    def _find(self, rule: Rule[Any], node: fx.Node) -> Site | Miss | Alone | str:
+        """The site around an anchor, why there is none, or why none of what is there may change."""
+        if not rule.pattern.is_group:
+            return Matcher(rule.pattern, self._view, node).match()
+        try:
+            found = group(rule.pattern, self._view, node)
+        except Exception as error:
+            raise failure(rule, name_of(node), f"its alike= raised {error!r}") from error
+        if isinstance(found, Alone):
+            return self._left_out.get(node, found)
+        chosen, left_out = fit(found, node, self._view, self._effects, any_mode=rule.any_mode)
+        self._left_out.update(left_out)
+        return self._left_out.get(node, chosen) if isinstance(chosen, str) else chosen
+
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
         if node.op not in _CALLS or self._script.is_over:
             return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
         if rules is None:
-            anchors = [(rule, rule.pattern.steps[rule.pattern.anchor]) for rule in self._rules]
+            tried = (rule for rule in self._rules if not (self._waiting and rule.last))
+            anchors = [(rule, rule.pattern.steps[rule.pattern.anchor]) for rule in tried]
             rules = [rule for rule, step in anchors if calls(step, node, self._view)]
             self._rules_by_callee[key] = rules
         if any(not rule.pattern.steps[rule.pattern.anchor].side_inputs for rule in rules):
@@ -237,7 +268,8 @@ class Engine:
         kept = {link.node for link, _ in made.kept}
         self._pass_on(rule, site, nodes, kept)
         became = " -> " if made.revises else ", "
-        return _Rewritten(nodes, became.join(map(name_of, nodes)), notes)
+        new = nodes[:1] if made.parts else nodes
+        return _Rewritten(nodes, became.join(map(name_of, new)), notes)
 
     def _notes(
         self, site: Site, modules: tuple[nn.Module | None, ...], made: edits.Made
@@ -276,6 +308,7 @@ class Engine:
                 self._order.pop(node, None)
                 self._lineage.pop(node, None)
                 self._made.discard(node)
+                self._left_out.pop(node, None)
                 if node in self._pending:
                     self._pending.remove(node)
         self._made.update(node for node in made if node not in kept)
@@ -292,11 +325,14 @@ def _nearest(declined: list[Finding]) -> Finding:
 
 
 def _depth(missed: Finding) -> int:
-    return missed.cause.depth if isinstance(missed.cause, Miss) else len(missed.steps)
+    cause = missed.cause
+    return cause.depth if isinstance(cause, Miss | Alone) else len(missed.steps)
 
 
 def _slot(rule: Rule[Any], site: Site, action: Action) -> Link | None:
     """The link whose node and name a new module takes over, if the chain has such a one."""
+    if isinstance(action, Split):
+        return site.links[0]
     if not isinstance(action, Replace):
         return None
     calls_module = [link for link in site.links if link.node.op == "call_module"]

@@ -11,7 +11,7 @@ import attrs
 
 from .errors import ExpectationError, UnknownNameError
 from .renaming import Became
-from .sites import Miss, in_one_line
+from .sites import Alone, Miss, in_one_line
 from .tracing.explaining import Stop
 
 Outcome = Literal["applied", "refused", "missed"]
@@ -36,7 +36,7 @@ class Finding:
     nodes: tuple[str, ...] = ()
     became: str = ""
     notes: tuple[str, ...] = ()
-    cause: str | Miss = attrs.field(default="", repr=False)
+    cause: str | Miss | Alone = attrs.field(default="", repr=False)
     others: tuple[Finding, ...] = attrs.field(default=(), repr=False)
 
     @property

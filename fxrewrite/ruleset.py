@@ -36,6 +36,7 @@ class Rule(Generic[M]):
     any_mode: bool = False
     pure: bool = attrs.field(default=False, repr=False)
     quiet: bool = attrs.field(default=False, repr=False)
+    last: bool = attrs.field(default=False, repr=False)
     doc: str = ""
     source: str = ""
 
@@ -55,6 +56,7 @@ def rule(
     any_mode: bool = False,
     pure: bool = False,
     quiet: bool = False,
+    last: bool = False,
 ) -> Callable[[Callable[[M], Action]], Rule[M]]: ...
 def rule(
     build: Callable[[Any], Action] | None = None,
@@ -66,6 +68,7 @@ def rule(
     any_mode: bool = False,
     pure: bool = False,
     quiet: bool = False,
+    last: bool = False,
 ) -> Any:
     """Make a function from a match to an action a rule.
 
@@ -88,6 +91,8 @@ def rule(
             By default the engine compares afterwards, which costs about as much as a fold.
         quiet: for a rule whose anchor is common and seldom meant, as each product is for one that
             looks for constants: that it missed its chain is no finding of the report.
+        last: wait until no other rule applies, of whatever set; for a rule that would take from
+            others what they look for.
 
     Raises:
         PatternError: no pattern is given, or what is given is not one.
@@ -106,6 +111,7 @@ def rule(
             any_mode=any_mode,
             pure=pure,
             quiet=quiet,
+            last=last,
             doc=(build.__doc__ or "").strip().partition("\n")[0],
             source=source_of(build),
         )

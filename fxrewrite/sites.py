@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -18,7 +19,8 @@ class Link:
 
     The chain enters it by the argument `takes`, whose value is `source`; `side_inputs` are the
     other values of the graph that it reads. A node that joins branches takes several values,
-    `sources`, in the order of the branches. `branch` is the dotted prefix of a step in a branch.
+    `sources`, in the order of the branches. `branch` is the dotted prefix of a step in a branch,
+    `sibling` the number of a call among its siblings.
     """
 
     step: Step
@@ -28,6 +30,7 @@ class Link:
     sources: tuple[fx.Node, ...]
     side_inputs: tuple[fx.Node, ...] = ()
     branch: str = ""
+    sibling: int | None = None
 
     @property
     def source(self) -> fx.Node:
@@ -36,13 +39,17 @@ class Link:
 
     @property
     def name(self) -> str:
-        """The step's name, with that of its branch: `left.conv`."""
-        return self.branch + self.step.name
+        """The step's name, with that of its branch, `left.conv`, or its number, `linears.0`."""
+        number = "" if self.sibling is None else f".{self.sibling}"
+        return self.branch + self.step.name + number
 
 
 @attrs.frozen(eq=False)
 class Site:
-    """Where a pattern matched: its links in data order, those of branches one after the other."""
+    """Where a pattern matched: its links in data order, those of branches one after the other.
+
+    The links of a group are its siblings, in the order of the graph.
+    """
 
     pattern: Pattern
     links: tuple[Link, ...]
@@ -153,13 +160,38 @@ class Miss:
         return f"{who} {verb} {' and '.join(found)}, not a {wanted}"
 
 
+@attrs.frozen(eq=False)
+class Alone:
+    """A call that has no sibling, with those that are none although they read the same value."""
+
+    step: Step
+    reads: Seen
+    known: Mapping[str, Any]
+    others: tuple[tuple[Seen, Mapping[str, Any]], ...]
+    depth: int = 0
+
+    def __str__(self) -> str:
+        """The reason as a sentence."""
+        if not self.others:
+            return f"no other {self.step} reads {self.reads}"
+        return "; ".join(self._difference(seen, found) for seen, found in self.others)
+
+    def _difference(self, seen: Seen, found: Mapping[str, Any]) -> str:
+        apart = (k for k, v in self.known.items() if k not in found or found[k] != v)
+        name = next(apart, "what it must have in common")
+        there, here = found.get(name), self.known.get(name)
+        return f"{seen}, which reads the same value, differs in {name}: {there}, and here {here}"
+
+
 def name_of(node: fx.Node) -> str:
     """What reports call a node: the qualified name of the module it calls, or else its own."""
     return str(node.target) if node.op == "call_module" else node.name
 
 
 def in_one_line(steps: tuple[tuple[str, str], ...]) -> str:
-    """A chain as reports write it; branches stand in parentheses, parted by bars."""
+    """A chain as reports write it; branches or siblings stand in parentheses, parted by bars."""
+    if steps[0][0].rpartition(".")[2].isdigit():
+        return f"({' | '.join(name for _, name in steps)})"
     grouped = itertools.groupby(steps, key=lambda step: step[0].rpartition(".")[0])
     parts = [(branch, " -> ".join(name for _, name in inner)) for branch, inner in grouped]
     branches = [text for branch, text in parts if branch]

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-from .actions import Action, Replace, Revise
+from .actions import Action, Replace, Revise, Split
 from .edits import Made
 from .effects import (
     Effects,
@@ -80,7 +80,7 @@ def action_refusal(
 def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
     for write in effects.writes_between(site.first, place):
-        if write not in site.nodes and _touches(write, site.input, view, effects):
+        if write not in site.nodes and touches(write, site.input, view, effects):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
 
@@ -237,18 +237,18 @@ def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
             if (seen := _seen_elsewhere(value, nodes, effects)) is not None:
                 return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
         # Of what branches share, a write by one would be read by the next.
-        if link.branch and _touches(link.node, site.input, view, effects):
+        if link.branch and touches(link.node, site.input, view, effects):
             return f"{describe(link.node, view)} writes in place to what its branches share"
     reads = [side for link in site.links for side in link.side_inputs]
     if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
     for write in effects.writes_between(site.first, site.last) if reads else ():
-        if write not in nodes and any(_touches(write, each, view, effects) for each in reads):
+        if write not in nodes and any(touches(write, each, view, effects) for each in reads):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
 
 
-def _touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -> bool:
+def touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -> bool:
     """Whether a write may reach the storage of a value."""
     storage = effects.storage(value)
     return any(storage & effects.storage(each) for each in written_by(write, view))
@@ -289,7 +289,7 @@ def _new_relation(
         if any(step.is_fresh for step in steps):
             return "new"
         return "same" if all(step.hands_on for step in steps) else "unknown"
-    if isinstance(action, Replace):
+    if isinstance(action, Replace | Split):
         if is_fresh_module(action.module):
             return "new"
         only_input = len(made.reads) == 1
@@ -330,9 +330,9 @@ def _writes_to(
         steps = _remaining(site, action, view)
         new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
         return any(step.writes for step in steps[: new + 1])
-    if isinstance(action, Replace):
+    if isinstance(action, Replace | Split):
         return writes_in_place(action.module)
-    return any(_touches(node, x, view, effects) for node in made.nodes)
+    return any(touches(node, x, view, effects) for node in made.nodes)
 
 
 # The one private name of torch.nn that this package needs; without it no hook is assumed.

@@ -1,14 +1,30 @@
-"""What a pattern is made of, and what a match holds: steps, branches, calls and values."""
+"""What a pattern is made of, and what a match holds: steps, branches, siblings, calls, values."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 import torch
 from torch import fx, nn
+
+T_co = TypeVar("T_co", covariant=True)
+
+Alike: TypeAlias = Callable[[Any], Mapping[str, Any]]
+"""From a module to what it must have in common with its siblings, by the names of reasons."""
+
+
+class Siblings(tuple[T_co, ...]):
+    """The modules of a group that read one value, two or more, in the order of their calls.
+
+    >>> q, k = nn.Linear(2, 3), nn.Linear(2, 1)
+    >>> [linear.out_features for linear in Siblings((q, k))]
+    [3, 1]
+    """
+
+    __slots__ = ()
 
 
 @attrs.frozen(eq=False)
@@ -81,7 +97,12 @@ class Call:
 
 @attrs.frozen
 class Step:
-    """One step of a chain: the module types, functions and methods that a node may call."""
+    """One step of a chain: the module types, functions and methods that a node may call.
+
+    With `siblings` it is several calls that read one value. Their outputs can be parts of one
+    value, one after the other along the dimension `dim`; `keeps_sizes` says that all other sizes
+    are those of what is read, and `alike` what the modules must have in common.
+    """
 
     name: str
     modules: tuple[type[nn.Module], ...] = ()
@@ -92,6 +113,10 @@ class Step:
     captures_call: bool = False
     chain: str | tuple[str, ...] | None = None
     side_inputs: bool = True
+    siblings: bool = False
+    dim: int = 0
+    keeps_sizes: bool = False
+    alike: Alike | None = None
 
     def __str__(self) -> str:
         """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`."""
@@ -130,6 +155,11 @@ class Pattern:
         return self.cls.__name__
 
     @property
+    def is_group(self) -> bool:
+        """Whether it is a group of siblings, and no chain."""
+        return self.steps[0].siblings
+
+    @property
     def module_types(self) -> tuple[type[nn.Module], ...]:
         """All module types that a step, of a branch too, may call."""
         inner = (kind for each in self.branches for kind in each.pattern.module_types)
@@ -137,6 +167,8 @@ class Pattern:
 
     def __str__(self) -> str:
         """The chain in one line; `?` may be absent, `*` any number of times, `|` parts branches."""
+        if self.is_group:
+            return f"({self.steps[0].name} | ...)"
         marks = ("*" if s.repeats else "?" if s.optional else "" for s in self.steps)
         parts = [f"{s.name}{mark}" for s, mark in zip(self.steps, marks, strict=True)]
         if self.branches:

@@ -33,6 +33,8 @@ class GraphView:
         self.graph = graph
         self.constants = constants
         self.is_training = root.training
+        # Whether the graph is only ever called with the sizes that it was made for.
+        self.sizes_are_fixed = False
         self.placed: dict[str, Any] = dict(constants)
         self.remarks: dict[fx.Node, str] = {}
         found = modules or dict(root.named_modules(remove_duplicate=False))

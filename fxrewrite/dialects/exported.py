@@ -22,7 +22,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from ..actions import Action, Replace
+from ..actions import Action, Replace, Split
 from ..effects import Effects
 from ..modules import _parent_name, fresh_name
 from ..renewing import run_on_fakes
@@ -74,6 +74,7 @@ class Program:
         """The graph as the engine edits it."""
         view = GraphView(self._program.graph_module, self.graph, self._before)
         view.remarks.update(self._remarks)
+        view.sizes_are_fixed = True  # but for those that its shapes have as symbols
         return view
 
     def refusal(
@@ -81,8 +82,12 @@ class Program:
     ) -> str | None:
         """What replaces a chain must run without data, and give a tensor like the chain's."""
         function: Any
-        if isinstance(action, Replace):
-            function, args, kwargs = action.module, action.inputs, {}
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(action, Split):
+            function = action.module
+        elif isinstance(action, Replace):
+            function, args = action.module, action.inputs
         elif isinstance(action, Call) and action.node is None:
             function, args, kwargs = action.function, action.args, dict(action.kwargs)
         else:
@@ -98,9 +103,14 @@ class Program:
         except Exception as error:
             said = str(error).strip().partition("\n")[0]
             return f"what replaces the chain can't be part of an exported program: {said}"
-        before, after = _kind(site.last.meta["val"]), _kind(after)
-        if before != after:
-            return f"what replaces the chain gives {after}, and the chain gave {before}"
+        parts: Any = (after,)
+        if isinstance(action, Split):
+            parts = torch.split_with_sizes(after, action.sizes, site.pattern.steps[0].dim)
+        given = [link.node for link in site.links] if isinstance(action, Split) else [site.last]
+        for node, part in zip(given, parts, strict=True):
+            before, after = _kind(node.meta["val"]), _kind(part)
+            if before != after:
+                return f"what replaces the chain gives {after}, and the chain gave {before}"
         return None
 
     def finished(self, view: GraphView) -> ExportedProgram:

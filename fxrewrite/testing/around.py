@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def models_around(draw: st.DrawFn, pattern: type[Any] | Pattern, *, plain: bool 
     prefix = draw(st.sampled_from(["", "", "", "block.", "block.deep."]))
     chain = write_pattern(draft, declared, value, prefix, steps)
     draft.outputs = [chain[-1].makes]
+    if declared.is_group:
+        draft.outputs = [read(draft, each.makes) for each in chain]
     if not plain:
         for situation in draw(st.lists(st.sampled_from(WHILE_WRITING), max_size=2)):
             situation(draft, chain, steps, first)
@@ -83,6 +86,8 @@ def write_pattern(
 ) -> list[Placed]:
     """Write the branches of a pattern, what joins them, and its further steps."""
     steps = _present(draft.draw, pattern) if steps is None else steps
+    if pattern.is_group:
+        return write_group(draft, pattern.steps[0], value, prefix)
     if not pattern.branches:
         return write_chain(draft, steps, value, prefix)
     ends: list[str] = []
@@ -95,6 +100,37 @@ def write_pattern(
         ends.append(end)
     joined = join(draft, steps[0], ends)
     return [*before, joined, *write_chain(draft, steps[1:], joined.makes, prefix)]
+
+
+def write_group(draft: Draft, step: Step, value: str, prefix: str = "") -> list[Placed]:
+    """Write some calls that are siblings, or nearly so; something else may stand between them."""
+    placed = [place(draft, step, value, prefix)]
+    for _ in range(draft.draw(st.sampled_from([1, 2, 2, 3]))):
+        if draft.draw(st.integers(0, 3)) == 0:
+            placed.append(place(draft, step, value, prefix))
+            continue
+        module = copy.deepcopy(draft.members[placed[0].module])
+        name = draft.member(prefix + step.name, module)
+        placed.append(Placed(step, value, draft.write(f"self.{name}({value})"), name))
+    return placed
+
+
+def read(draft: Draft, value: str) -> str:
+    """Something that reads a value, which mostly can't tell how it lies in memory."""
+    lines = [
+        *_BLIND,
+        *_BLIND,
+        "{}",
+        "{}.relu_()",
+        "{}.view(-1)",
+        "{}.reshape(-1)",
+        "{}.unsqueeze(0)",
+    ]
+    line = draft.draw(st.sampled_from(lines))
+    return value if line == "{}" else draft.write(line.format(value))
+
+
+_BLIND = ["F.relu({})", "{} * 0.5", "{}.transpose(0, -1) + 1", "{}.flatten(1).sum(-1)"]
 
 
 def _first_steps(draw: st.DrawFn, pattern: Pattern) -> list[Step]:
