@@ -143,3 +143,14 @@ def test_readme_commands() -> None:
     assert f"{command}\n" in readme
     assert command in (ROOT / ".ci" / "run").read_text()
     assert 'pip install -e ".[dev]" && fxrewrite run torchvision.models:resnet18\n' in readme
+
+
+def test_each_subpackage_is_installed() -> None:
+    """Setuptools installs only what pyproject.toml names, and an editable install hides a gap."""
+    named = (ROOT / "pyproject.toml").read_text()
+    found = {fxrewrite.__name__, patterns.__name__} | {
+        module.name
+        for module in pkgutil.walk_packages(fxrewrite.__path__, "fxrewrite.")
+        if module.ispkg
+    }
+    assert not [name for name in sorted(found) if f'"{name}",' not in named]
