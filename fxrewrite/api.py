@@ -27,6 +27,7 @@ def rewrite(
     into: Into | None = None,
     expect: Mapping[str, int] | None = None,
     verify: Any = None,
+    trials: int = 1,
     progress: Progress | None = None,
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
     leaf_modules: LeafModules = (),
@@ -54,6 +55,7 @@ def rewrite(
         verify: inputs, in one of the forms that `verify` takes, or True for the example inputs. The
             result is verified against the model, and where they differ, the sites that are to
             blame are searched for.
+        trials: on how many inputs to verify: these, and from the second on random ones like them.
         progress: told how far verifying is, as in `verify`.
         tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
         leaf_modules: modules that tracing must keep whole, by type or qualified name. The types
@@ -82,7 +84,8 @@ def rewrite(
     report.check(expect or {})
     if verify is not None and verify is not False:
         inputs = example_inputs if verify is True else verify
-        check_rewrite(Rewrite(model, made, script, example_inputs, rewriter), inputs, progress)
+        done = Rewrite(model, made, script, example_inputs, rewriter)
+        check_rewrite(done, inputs, progress, trials)
     return made, report
 
 
@@ -115,6 +118,7 @@ def localise(
     example_inputs: Any = None,
     *,
     most: int = 3,
+    trials: int = 1,
     progress: Progress | None = None,
     into: Into | None = None,
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
@@ -134,6 +138,8 @@ def localise(
         inputs: what to compare on, in one of the forms that `verify` takes.
         example_inputs: as in `rewrite`.
         most: how many guilty sites to name at most.
+        trials: on how many inputs to compare, as in `rewrite`; the search is on the first that
+            shows a difference.
         progress: told how far the search is, as in `verify`.
         into: as in `rewrite`.
         tracer: as in `rewrite`.
@@ -147,7 +153,7 @@ def localise(
     script = Script()
     made, _ = rewriter(model, example_inputs, script)
     rewrite = Rewrite(model, made, script, example_inputs, rewriter)
-    return localised(rewrite, inputs, most=most, progress=progress)
+    return localised(rewrite, inputs, most=most, trials=trials, progress=progress)
 
 
 def fuse(model: nn.Module, into: Into | None = None) -> Any:

@@ -44,19 +44,29 @@ def convolutions(draw: Any, dims: int) -> nn.Module:
         return nn.Linear(CHANNELS, CHANNELS, bias=bias)
     kernel = draw(st.sampled_from([3, 1]))
     groups = draw(st.sampled_from([1, 1, 2, 4]))
-    kind = CONVS[dims]
     if draw(st.integers(0, 5)) == 0:
         kind = getattr(nn, f"ConvTranspose{dims}d")
-    return kind(CHANNELS, CHANNELS, kernel, padding=kernel // 2, groups=groups, bias=bias)
+        return kind(CHANNELS, CHANNELS, kernel, padding=kernel // 2, groups=groups, bias=bias)
+    padding = draw(st.sampled_from([kernel // 2, kernel // 2, kernel // 2, "same"]))
+    mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular", "replicate"]))
+    return CONVS[dims](
+        CHANNELS, CHANNELS, kernel, padding=padding, padding_mode=mode, groups=groups, bias=bias
+    )
 
 
 @st.composite
 def batch_norms(draw: Any, dims: int) -> nn.Module:
-    """A batch norm of any configuration."""
+    """A batch norm of any configuration, or another norm that may keep running statistics."""
     affine = draw(st.sampled_from([{}, {"affine": False}, {"affine": True, "bias": False}]))
     keeps = draw(st.sampled_from([True] * 7 + [False]))
     eps = draw(st.sampled_from([1e-5, 1e-3, 1.0]))
     momentum = draw(st.sampled_from([0.1, None]))
+    other = draw(st.sampled_from([None] * 7 + ["sync", "instance"]))
+    if other == "instance" and dims:
+        kind = getattr(nn, f"InstanceNorm{dims}d")
+        return kind(CHANNELS, eps=eps, affine=draw(st.booleans()), track_running_stats=keeps)
+    if other == "sync":
+        return nn.SyncBatchNorm(CHANNELS, eps=eps, affine=draw(st.booleans()))
     return NORMS[dims](CHANNELS, eps=eps, momentum=momentum, track_running_stats=keeps, **affine)
 
 
@@ -74,6 +84,7 @@ def others(draw: Any, dims: int) -> nn.Module:
         lambda: nn.LayerNorm(SIDE if dims else CHANNELS),
         lambda: nn.PReLU(CHANNELS),
         lambda: nn.LeakyReLU(0.1, inplace=True),
+        lambda: nn.Flatten(1, 1),
     ]
     if dims:
         kinds += [
@@ -159,6 +170,25 @@ class Block:
     def norm_first(self) -> None:
         self.call(self.pool.convs, "conv", self.call(self.pool.norms, "bn", self.value()))
 
+    def layers(self) -> None:
+        """Layers and norms in a row, in any order."""
+        value = self.value()
+        for _ in range(self.one(2, 2, 3)):
+            among = self.one(self.pool.convs, self.pool.norms)
+            value = self.call(among, "layer", value)
+
+    def branches(self) -> None:
+        """Sums of parallel branches, each a layer with a norm or not, a norm, or the value."""
+        read = self.value()
+        ends = []
+        for _ in range(self.one(2, 2, 3)):
+            end = read
+            for among in self.one("c", "cn", "n", "", "o", "cno"):
+                pools = {"c": self.pool.convs, "n": self.pool.norms, "o": self.pool.others}
+                end = self.call(pools[among], {"c": "conv", "n": "bn", "o": "other"}[among], end)
+            ends.append(end)
+        self.set(self.one(" + ".join(ends), f"sum([{', '.join(ends)}])"))
+
     def other(self) -> None:
         self.call(self.pool.others, "other", self.value())
 
@@ -203,6 +233,14 @@ class Block:
             "F.dropout({}, 0.5, self.training)",
             "torch.unbind(torch.stack([{}, {}]))[1]",
             "{}.transpose(0, 1).transpose(0, 1)",
+            "{}.relu().relu()",
+            "{}.double()",
+            "{}.to({}.dtype).to(torch.float32)",
+            "{}.flatten(1, 1)",
+            "{}.reshape({}.shape)",
+            "{}.contiguous().contiguous()",
+            "F.dropout({}, 0.5, False)",
+            "F.relu(F.relu({}, inplace=True))",
         )
         value = self.value()
         self.set(text.replace("{}", value))
@@ -237,7 +275,39 @@ class Block:
         last = SIDE if self.pool.dims else CHANNELS
         sizes = self.one((CHANNELS, *[1] * self.pool.dims), (1,), (last,))
         self.members["scale"] = nn.Parameter(random_tensor(sizes, 1))
-        self.set(self.one("{} * self.scale", "self.scale + {}").format(self.value()))
+        self.set(
+            self.one(
+                "{} * self.scale",
+                "self.scale + {}",
+                "{} / (self.scale + 9)",
+                "torch.sub({}, self.scale, alpha=2)",
+                "torch.add(self.scale, {}, alpha=2)",
+                "torch.rsub({}, self.scale)",
+                "{}.mul(self.scale).add(self.scale)",
+                "self.scale * {} / 2",
+            ).format(self.value())
+        )
+
+    def number(self) -> None:
+        self.set(
+            self.one("{} * 2", "1 - {}", "{} / 4", "0 + {}", "torch.neg({})", "{} + 0.5").format(
+                self.value()
+            )
+        )
+
+    def permuted(self) -> None:
+        """A constant for the channels while they are the last dimension."""
+        self.members["last"] = nn.Parameter(random_tensor((CHANNELS,), 2))
+        dims = self.pool.dims
+        to = (0, *range(2, dims + 2), 1)
+        back = (0, dims + 1, *range(1, dims + 1))
+        operation = self.one("*", "+")
+        value = (
+            self.value()
+            if self.one(True, False)
+            else self.call(self.pool.convs, "conv", self.value())
+        )
+        self.set(f"({value}.permute{to} {operation} self.last).permute{back}")
 
     def buffer(self) -> None:
         norm = self.one(*self.pool.norms)
@@ -274,8 +344,9 @@ class Block:
             self.set(f"self.{name}({read}{y}){block.takes}")
 
     LINES = (
-        *[chain] * 5, *[functional_chain] * 2, *[block] * 2, norm_first, other, function, function,
-        in_place, combine, parameter, buffer, control, sequential,
+        *[chain] * 5, *[functional_chain] * 2, *[block] * 2, *[branches] * 3, layers, layers,
+        norm_first, other, function, function, in_place, combine, parameter, number, permuted,
+        buffer, control, sequential,
     )  # fmt: skip
 
     def model(self, most: int) -> nn.Module:

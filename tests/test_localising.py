@@ -96,6 +96,26 @@ def test_a_right_rewrite_is_returned() -> None:
         fxr.rewrite(model, "conv_bn", verify=True)
 
 
+def test_a_mistake_that_the_given_inputs_do_not_show() -> None:
+    """Random inputs like those given show it, and the search goes on with those that did."""
+
+    @fxr.rule(pattern=fxr.chain(act=nn.Hardtanh))
+    def no_upper_bound(m: Any) -> fxr.Replace:
+        return fxr.Replace(nn.ReLU())
+
+    model = nn.Sequential(nn.Identity(), nn.Hardtanh(0.0, 1.5)).eval()
+    calm = torch.linspace(-1.0, 1.0, 999)
+    fxr.rewrite(model, no_upper_bound, verify=calm)
+    with pytest.raises(
+        fxr.VerificationError, match=r"to blame is .* at 1, which became 1"
+    ) as error:
+        fxr.rewrite(model, no_upper_bound, verify=calm, trials=3)
+    assert error.value.localisation.verification.trial == 2
+    found = fxr.localise(model, no_upper_bound, calm, trials=3)
+    assert blamed(found) == [("no_upper_bound", "1")]
+    assert not found.may_be_more
+
+
 def test_more_than_can_be_named() -> None:
     """A rule that is wrong everywhere is named for its first sites, and that there may be more."""
     found = fxr.localise(chain(6), spoilt(*range(8)), X, most=2)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import Phase, settings
 from torch import nn
 
 import fxrewrite as fxr
-from fxrewrite.testing import Case, UnsoundError, check_rule, written
+from fxrewrite.testing import Case, UnsoundError, check_rule, properties, written
 
 LinearNorm = fxr.chain(linear=nn.Linear, norm=nn.BatchNorm1d)
 counter = itertools.count(2)
@@ -144,6 +146,51 @@ def test_a_rule_that_undoes_another_does_not_come_to_an_end() -> None:
     rules = [there(lambda m: fxr.Replace(nn.GELU())), back(lambda m: fxr.Replace(nn.ReLU()))]
     with pytest.raises(UnsoundError, match="never comes to an end"):
         check_rule(rules, max_examples=5)
+
+
+def rules_at_relu(*, quiet: bool) -> list[fxr.Rule[Any]]:
+    """Two rules that look for a ReLU, the first quiet or not: it is refused, the other missed."""
+    refused = fxr.rule(
+        pattern=fxr.chain(b=nn.ReLU), name="one", where=[lambda m: "no"], quiet=quiet
+    )
+    missed = fxr.rule(pattern=fxr.chain(a=nn.GELU, b=nn.ReLU), name="two", quiet=quiet)
+    return [make(lambda m: fxr.Bypass()) for make in (refused, missed)]
+
+
+def losing(report: fxr.Report, *lost: str) -> fxr.Report:
+    """The report without what these rules said."""
+    findings = []
+    for finding in report.findings:
+        said = [e for e in (finding, *finding.others) if e.rule not in lost]
+        findings += [attrs.evolve(each, others=tuple(said[1:])) for each in said[:1]]
+    return attrs.evolve(report, findings=tuple(findings))
+
+
+@pytest.mark.parametrize(
+    ("quiet", "lost", "caught"),
+    [
+        (False, (), None),
+        (False, ("one",), "nothing is said of 0 by one"),
+        (False, ("two",), "nothing is said of 0 by two"),
+        (False, ("one", "two"), "nothing is said of 0 by one"),
+        (True, ("one",), "nothing is said of 0 by one"),
+        (True, ("two",), None),
+    ],
+)
+def test_an_anchor_that_the_report_loses_is_caught(
+    quiet: bool, lost: tuple[str, ...], caught: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rule must be heard at each of its anchors, a quiet one only where its chain is."""
+    rules, model = rules_at_relu(quiet=quiet), nn.Sequential(nn.ReLU()).eval()
+
+    def rewrite(*args: Any, **options: Any) -> tuple[Any, fxr.Report]:
+        made, report = fxr.rewrite(*args, **options)
+        return made, losing(report, *lost)
+
+    monkeypatch.setattr(properties, "rewrite", rewrite)
+    with contextlib.nullcontext() if caught is None else pytest.raises(UnsoundError) as error:
+        properties.check_model(rules, model, (torch.ones(2, 3),))
+    assert caught is None or error.value.found == caught
 
 
 def test_models_of_ones_own() -> None:

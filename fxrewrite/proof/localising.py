@@ -17,7 +17,7 @@ from ..sites import in_one_line
 from .comparing import usual_error
 from .nested import mapped
 from .running import in_float64, widened
-from .verifying import Progress, Verification, verify
+from .verifying import Progress, Verification, inputs_of_trial, verify
 
 # In float64 a right rewrite agrees with its original to about this, relatively.
 _EXACT = 1e-9
@@ -124,24 +124,34 @@ class Localisation:
         return "\n".join(lines)
 
 
-def check_rewrite(rewrite: Rewrite, inputs: Any, progress: Progress | None) -> None:
+def check_rewrite(
+    rewrite: Rewrite, inputs: Any, progress: Progress | None, trials: int = 1
+) -> None:
     """Raise VerificationError, with the guilty sites, unless both models give the same."""
-    found = localised(rewrite, inputs, progress=progress)
+    found = localised(rewrite, inputs, trials=trials, progress=progress)
     if not found.verification.same:
         raise VerificationError(str(found), found)
 
 
 def localised(
-    rewrite: Rewrite, inputs: Any, *, most: int = 3, progress: Progress | None = None
+    rewrite: Rewrite,
+    inputs: Any,
+    *,
+    most: int = 3,
+    trials: int = 1,
+    progress: Progress | None = None,
 ) -> Localisation:
     """Verify a rewrite, and if the models differ, search for the sites that are to blame.
 
     In float64 a right site differs by next to nothing. So where the model can run in it, a float64
     copy of it is rewritten, and searched first.
     """
-    verification = verify(rewrite.original, rewrite.rewritten, inputs, progress=progress)
+    verification = verify(
+        rewrite.original, rewrite.rewritten, inputs, trials=trials, progress=progress
+    )
     if verification.same:
         return Localisation(verification)
+    inputs = inputs_of_trial(inputs, verification.trial)
     exact, search = _in_float64(rewrite, inputs, progress)
     try:
         if search is not None and (guilty := search.guilty(most)):

@@ -135,17 +135,23 @@ def verify(
     """
     tell = progress or _silent
     found: list[Verification] = []
-    for trial in range(max(trials, 1)):
-        tell("verifying", trial, trials)
-        given = random_inputs(inputs, seed=seed + trial) if trial else inputs
+    for trial in range(1, max(trials, 1) + 1):
+        tell("verifying", trial - 1, trials)
         result = attrs.evolve(
-            _verify_once(original, rewritten, given, rtol), trial=trial + 1, trials=max(trials, 1)
+            _verify_once(original, rewritten, inputs_of_trial(inputs, trial, seed), rtol),
+            trial=trial,
+            trials=max(trials, 1),
         )
         if not result.same:
             return result
         found.append(result)
     tell("verifying", trials, trials)
     return max(found, key=lambda each: each.worst.excess if each.worst else 0.0)
+
+
+def inputs_of_trial(inputs: Any, trial: int, seed: int = SEED) -> Any:
+    """What a trial, counted from 1, is run on: the inputs themselves, and then random ones."""
+    return inputs if trial == 1 else random_inputs(inputs, seed=seed + trial - 1)
 
 
 def _verify_once(

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.copying import NotCopiedError
 from fxrewrite.dialects.spellings import SPELLINGS
 from fxrewrite.errors import FxRewriteError, TraceError
-from fxrewrite.matching import accepts
+from fxrewrite.matching import Matcher, accepts
 from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Report
 from fxrewrite.ruleset import Rule
-from fxrewrite.sites import name_of
+from fxrewrite.sites import Miss, name_of
+from fxrewrite.steps import Step
 from fxrewrite.tracing.tracer import trace
 from fxrewrite.view import GraphView
 
@@ -84,7 +85,9 @@ def check_model(
         if found is not None:
             raise UnsoundError(broken, found, rules, case, report)
 
-    must("the model that is rewritten stays as it was", before.change(versions=not shapes))
+    # What the forward writes while it is traced is put back, which is one more write.
+    versions = not shapes and not report.stops
+    must("the model that is rewritten stays as it was", before.change(versions=versions))
     found, own = run(made, args), _state(model)
     shared = [name for name, tensor in _state(made).items() if own.get(name) is tensor]
     apart = difference(expected, found, tolerance, shared)
@@ -122,20 +125,23 @@ def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None
 
 def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -> str | None:
     """An anchor of the model that the report says nothing of, or more than one thing."""
-    # A quiet rule's anchors are told of only where its chain was found.
-    rules = [rule for rule in rules if not rule.quiet]
-    loud = {rule.name for rule in rules}
-    anchors = [rule.pattern.steps[rule.pattern.anchor] for rule in rules]
-    kinds = tuple(kind for step in anchors for kind in step.modules)
-    graph, constants = trace(model, [k for rule in rules for k in rule.pattern.module_types])
+    try:
+        leaves = [kind for rule in rules for kind in rule.pattern.module_types]
+        graph, constants = trace(model, leaves)
+    except TraceError:  # it was rewritten in parts
+        graph, constants = fx.Graph(), {}
     view = GraphView(model, graph, constants)
+    loud = [rule for rule in rules if not rule.quiet]
+    kinds = tuple(kind for rule in loud for kind in _anchor(rule).modules)
     calls: Counter[str] = Counter()
     for node in graph.nodes:
-        if any(accepts(step, node, view) for step in anchors):
-            calls[name_of(node)] += 1
-            if not _is_told(report, name_of(node), node.name):
-                return f"nothing is said of {name_of(node)}"
-        elif node.target in SPELLINGS and _any_is(SPELLINGS[node.target].meaning.kinds, kinds):
+        name = name_of(node)
+        looking = [rule for rule in rules if accepts(_anchor(rule), node, view)]
+        for rule in looking:
+            if not _is_told_by(rule, node, view, report):
+                return f"nothing is said of {name} by {rule.name}"
+        calls[name] += any(not rule.quiet for rule in looking)
+        if not calls[name] and _any_is(_meant(node), kinds):
             read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
             names = {node.name, *(name.rpartition(".")[0] for name in read)}
             calls.update(dict.fromkeys(names, 1))
@@ -147,10 +153,32 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             calls[name or type(module).__name__] += 1
             if not _is_told(report, name or type(module).__name__):
                 return f"nothing is said of {name}, which is never called"
-    findings = (each for each in (*report.refused, *report.missed) if each.rule in loud)
+    names_of_loud = {rule.name for rule in loud}
+    findings = (e for e in (*report.refused, *report.missed) if e.rule in names_of_loud)
     declined = Counter(each.anchor for each in findings)
-    twice = [name for name, count in declined.items() if count > calls[name]]
+    twice = [name for name, count in declined.items() if graph.nodes and count > calls[name]]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
+
+
+def _is_told_by(rule: Rule[Any], node: fx.Node, view: GraphView, report: Report) -> bool:
+    """Whether a rule's answer is in the report, or else that another one applied."""
+    found = Matcher(rule.pattern, view, node).match()
+    if rule.quiet and isinstance(found, Miss):
+        return True  # a quiet rule tells of those anchors only where its chain is
+    nodes = [node] if isinstance(found, Miss) else found.nodes
+    names = {name for each in nodes for name in (name_of(each), each.name)}
+    told = [each for each in report.findings if any(map(each.is_about, names))]
+    said = (one.rule for each in told for one in (each, *each.others))
+    return rule.name in said or any(each.outcome == "applied" for each in told)
+
+
+def _anchor(rule: Rule[Any]) -> Step:
+    return rule.pattern.steps[rule.pattern.anchor]
+
+
+def _meant(node: fx.Node) -> tuple[type, ...]:
+    """The types of modules that a functional call may stand for."""
+    return SPELLINGS[node.target].meaning.kinds if node.target in SPELLINGS else ()
 
 
 def _is_told(report: Report, *names: str) -> bool:
