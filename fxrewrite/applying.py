@@ -11,7 +11,7 @@ from .destination import Destination
 from .dialects.lifting import Lifting
 from .dialects.lowering import lower
 from .engine import Engine
-from .reach import is_anchor, not_lifted, out_of_reach
+from .reach import is_anchor, not_called, not_lifted, out_of_reach
 from .renaming import renamed
 from .replaying import Script
 from .report import Finding, Report
@@ -27,6 +27,7 @@ class Applied:
     rule_sets: Sequence[RuleSet]
     findings: tuple[Finding, ...]
     bystanders: Any
+    unreached: Mapping[str, str]
     nodes: frozenset[str]
     names: Mapping[str, str]
     became: Mapping[str, str]
@@ -49,6 +50,7 @@ class Applied:
             self.names,
             self.nodes,
             self.bystanders,
+            self.unreached,
             into,
             self.stops,
             renamed(model, made, self.became),
@@ -77,7 +79,7 @@ def apply_to_parts(
     nodes = frozenset(node.name for view in views for node in view.graph.nodes)
     liftings = {view: Lifting(view, rules) for view in views}
     owners = {owner: name for each in liftings.values() for owner, name in each.owners.items()}
-    not_called = out_of_reach(modules, list(views), rules, stops, owners)
+    unreached = not_called(modules, list(views), stops, owners)
     findings: list[Finding] = []
     bystanders: dict[str, Any] = {}
     lowered: dict[str, str] = {}
@@ -86,7 +88,7 @@ def apply_to_parts(
         findings += (*engine.run(), *not_lifted(liftings[view], rules))
         bystanders |= engine.bystanders()
         lowered |= lower(view, liftings[view])
-    findings += not_called
+    findings += out_of_reach(modules, unreached, rules)
     became = {name: each.became for each in findings if each.became for _, name in each.steps}
     # From the layer whose tensors a call reads to that call, and from there back to a layer.
     ends = {*lowered.values()}
@@ -103,6 +105,7 @@ def apply_to_parts(
         rule_sets,
         tuple(findings),
         bystanders,
+        unreached,
         nodes,
         {**names, **owners},
         became,

@@ -10,12 +10,13 @@ from torch import fx, nn
 
 from . import edits
 from .actions import Action, Replace, Split
+from .bystanders import bystanders
 from .deciding import failure, same_action
 from .destination import Destination
 from .effects import Effects
 from .grouping import fit, group
 from .guards import Missed
-from .matching import Matcher, accepts, calls, reads_one_value
+from .matching import Matcher, calls, reads_one_value
 from .parametrized import is_parametrized
 from .renewing import renew
 from .replaying import Script
@@ -87,27 +88,7 @@ class Engine:
         """What is no anchor and took part in no match, with where the chains stopped around it."""
         told = {name for said in self._declined.values() for one in said for name in one.nodes}
         told.update(node.name for node in (*self._declined, *self._made))
-        found: dict[str, tuple[Bystander, ...]] = {}
-        roles: dict[tuple[str, Any], list[tuple[Rule[Any], int]]] = {}
-        for node in self._view.graph.nodes:
-            if node.op not in _CALLS or node.name in told:
-                continue
-            key = (node.op, self._view.callee(node))
-            if key not in roles:
-                roles[key] = [
-                    (rule, at)
-                    for rule in self._rules
-                    if not rule.pattern.is_group  # of which all are anchors
-                    for at, step in enumerate(rule.pattern.steps)
-                    if not step.repeats and accepts(step, node, self._view)
-                ]
-            for rule, at in roles[key]:
-                miss = Matcher(rule.pattern, self._view, node, at).match()
-                if isinstance(miss, Miss):
-                    bystander = Bystander(rule.name, rule.pattern.steps[at].name, miss)
-                    for name in {name_of(node): None, node.name: None}:
-                        found[name] = (*found.get(name, ()), bystander)
-        return found
+        return bystanders(self._view, self._rules, told)
 
     def _walk(self) -> bool:
         before = len(self._applied)

@@ -39,6 +39,14 @@ class FamilyType(type):
         kind = type(module)
         return cls._members[cls._key(cls.member(kind) or kind) or kind]
 
+    def __str__(cls) -> str:
+        """The family's name, with that of a member."""
+        first = next(iter(cls._members), None)
+        name = (
+            first.rpartition(".")[2] if isinstance(first, str) else getattr(first, "__name__", "")
+        )
+        return f"{cls.__name__} such as {name}" if name else cls.__name__
+
     def __instancecheck__(cls, instance: Any) -> bool:
         """Whether a module's type, or a base of it, was added."""
         return cls.member(type(instance)) is not None

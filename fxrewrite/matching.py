@@ -206,6 +206,8 @@ class Matcher:
         depth = abs((step or 0) - self.at)
         if self.behind is not None:  # a branch leads further than any step beside it
             depth += _FAR * self.branch.count(".")
+        if step is None and found:  # nothing leads further than where all branches were there
+            depth += _FAR * _FAR
         if self.miss is None or depth > self.miss.depth:
             beside = None if node is self.anchor else Seen.of(node, self.view)
             nearest = list(itertools.islice(found, _FOUND_AT_MOST))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,45 +22,55 @@ def is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
     return isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules)
 
 
-def out_of_reach(
+def not_called(
     modules: Mapping[str, nn.Module],
     views: Sequence[GraphView],
-    rules: Sequence[Rule[Any]],
     stops: Sequence[Stop] = (),
     owners: Iterable[str] = (),
-) -> list[Finding]:
-    """A finding for each module of an anchor's type that no node of the graphs calls.
+) -> dict[str, str]:
+    """Why no node of the graphs calls a module, for each that is not traced through either.
 
     Args:
         modules: all modules of the model by qualified name.
         views: the graphs of the model, or of its parts.
-        rules: the rules.
         stops: what could not be traced.
         owners: modules that are accounted for, since functional calls are given their tensors.
     """
     called = {id(modules[name]) for name in owners if name}
+    through: set[str] = set()
     inside: dict[int, str] = {}
     stopped = {each.name: each for each in stops}
     for view in views:
         for node in view.graph.nodes:
+            through.update(path for path, _ in node.meta.get("nn_module_stack", {}).values())
             module = view.module(node)
             if module is not None:
                 called.add(id(module))
+                through.update(_above(str(node.target)))
                 if module._modules and str(node.target) not in stopped:
                     hook = has_hooks(module)
                     because = f", since it carries {hook}" if hook else ""
                     whole = f"{describe(node, view)}, which is kept whole{because}"
                     inside.update((id(each), whole) for each in module.modules())
-    findings = []
+    reasons = {}
     for name, module in modules.items():
-        if id(module) not in called:
+        if id(module) not in called and (name not in through or id(module) in inside):
             called.add(id(module))
-            loud = (rule for rule in rules if not rule.quiet)
-            rule = next((rule for rule in loud if is_anchor(module, rule)), None)
-            if rule is not None:
-                reason = _reason(name, module, inside, stopped)
-                anchor = name or type(module).__name__
-                findings.append(Finding(anchor, "missed", rule.name, cause=reason))
+            reasons[name] = _reason(name, module, inside, stopped)
+    return reasons
+
+
+def out_of_reach(
+    modules: Mapping[str, nn.Module], reasons: Mapping[str, str], rules: Sequence[Rule[Any]]
+) -> list[Finding]:
+    """A finding for each module of an anchor's type among those that no node calls."""
+    findings = []
+    for name, reason in reasons.items():
+        loud = (rule for rule in rules if not rule.quiet)
+        rule = next((rule for rule in loud if is_anchor(modules[name], rule)), None)
+        if rule is not None:
+            anchor = name or type(modules[name]).__name__
+            findings.append(Finding(anchor, "missed", rule.name, cause=reason))
     return findings
 
 
@@ -85,12 +95,16 @@ def _reason(
         return "it is the model itself, which is traced through; wrap it"
     if id(module) in inside:
         return f"it is inside {inside[id(module)]}"
-    above = name
-    while above:
-        above, _ = _parent_name(above)
+    for above in (name, *_above(name), ""):
         if above in stops:
             return (
                 f"no call of it could be traced: tracing stopped in {stops[above].where}, "
                 f"because {stops[above]}"
             )
     return "no call of it is in the traced graph"
+
+
+def _above(name: str) -> Iterator[str]:
+    """The qualified names of the modules around one, from the inside."""
+    while name := _parent_name(name)[0]:
+        yield name

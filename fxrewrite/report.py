@@ -81,9 +81,14 @@ class Bystander:
     step: str
     miss: Miss
 
+    @property
+    def role(self) -> str:
+        """The step that it could be, in words."""
+        return f"the {self.step} of {self.rule}"
+
     def __str__(self) -> str:
         """Where the chain stopped, seen from this step."""
-        return f"it could be the {self.step} of {self.rule}, but {self.miss}"
+        return f"it could be {self.role}, but {self.miss}"
 
 
 @attrs.frozen(eq=False)
@@ -92,7 +97,8 @@ class Report:
 
     `rule_sets` names the rules of each set, `modules` all modules of the model, an alias by the
     name that the graph has for it, and `nodes` the nodes that were looked at. `bystanders` has
-    what is no anchor, took part in nothing, and might have. `into` is "graph" or "modules", what
+    what is no anchor, took part in nothing, and might have; `unreached` says of modules why no call
+    of them was looked at. `into` is "graph" or "modules", what
     the result is; `stops` has each module that could not be traced, and why. `parameter_names` has
     for each key of the model's state dict what became of it.
 
@@ -111,6 +117,7 @@ class Report:
     modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
     bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
+    unreached: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     into: str = "graph"
     stops: tuple[Stop, ...] = ()
     parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
@@ -158,7 +165,7 @@ class Report:
         if name:
             found = [f for f in found if f.is_about(name) or f.is_about(known)]
             if not found and known in self.bystanders:
-                return "\n".join(f"{name}: {each}" for each in self.bystanders[known])
+                return _of_bystanders(name, self.bystanders[known])
             found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
         if found:
             return "\n".join(str(each) for one in found for each in (one, *one.others))
@@ -166,6 +173,12 @@ class Report:
             near = difflib.get_close_matches(name, sorted({*self.modules, *self.nodes}))
             hint = f"; there are {', '.join(near)}" if near else ""
             raise UnknownNameError(f"the model has no module and no node named {name!r}{hint}")
+        if name and known in self.unreached:
+            return f"{name}: {self.unreached[known]}"
+        inside = [each for each in self.bystanders if each.startswith(f"{name}.")]
+        if inside:
+            shown = f"{', '.join(inside[:3])}{' and others' if len(inside) > 3 else ''}"
+            return f"{name}: no match includes anything of it; there might have been one at {shown}"
         kind = "module" if name in self.modules else "node"
         return f"{name}: no rule looks for a {kind} of this kind, and no match includes it"
 
@@ -222,6 +235,18 @@ class Report:
 
     def _with(self, outcome: Outcome) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.outcome == outcome)
+
+
+def _of_bystanders(name: str, bystanders: tuple[Bystander, ...]) -> str:
+    """What rules say of a node, each reason once."""
+    roles: dict[str, list[str]] = {}
+    for each in bystanders:
+        roles.setdefault(str(each.miss), []).append(each.role)
+    lines = []
+    for reason, found in roles.items():
+        several = f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
+        lines.append(f"{name}: it could be {several}, but {reason}")
+    return "\n".join(lines)
 
 
 def _listing(title: str, rows: list[tuple[str, str]]) -> list[str]:

@@ -151,13 +151,19 @@ class Miss:
         if not self.found and self.upstream:
             return f"{who} reads no value of the graph"
         if not self.found:
-            return f"nothing reads {self.beside or 'its output'}, where a {wanted} is wanted"
+            return f"nothing reads {self.beside or 'its output'}, where {_a(wanted)} is wanted"
         verb = "reads" if self.upstream else "feeds"
         found = (
             f"{each} by another argument" if each in self.by_another else str(each)
             for each in self.found
         )
-        return f"{who} {verb} {' and '.join(found)}, not a {wanted}"
+        return f"{who} {verb} {' and '.join(found)}, not {_a(wanted)}"
+
+
+def _a(step: Step) -> str:
+    """A step's alternatives with the article of the first."""
+    said = str(step)
+    return f"{'an' if said.lstrip('.')[0] in 'AEIOUaeiou' else 'a'} {said}"
 
 
 @attrs.frozen(eq=False)

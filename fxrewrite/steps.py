@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -9,6 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 import attrs
 import torch
 from torch import fx, nn
+
+from .family import Family
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -95,6 +98,10 @@ class Call:
         )
 
 
+# Of a step that may be many things, as many as make clear what they have in common.
+_NAMES_SHOWN = 8
+
+
 @attrs.frozen
 class Step:
     """One step of a chain: the module types, functions and methods that a node may call.
@@ -119,11 +126,26 @@ class Step:
     alike: Alike | None = None
 
     def __str__(self) -> str:
-        """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`."""
-        names = [t.__name__ for t in self.modules]
-        names += [f"{getattr(f, '__name__', f)}()" for f in self.functions]
-        names += [f".{m}()" for m in self.methods]
+        """The alternatives as a reader would list them: `Conv1d, Conv2d or Conv3d`.
+
+        A function in place, an operator and a method are what the function is called.
+        """
+        names = [str(t) if issubclass(t, Family) else t.__name__ for t in self.modules]
+        names += [f"{_plain(f)}()" for f in self.functions]
+        methods = [m.removesuffix("_") for m in self.methods]
+        names += [f".{m}()" for m in methods if f"{m}()" not in names]
+        names = list(dict.fromkeys(names))
+        if len(names) > _NAMES_SHOWN:
+            names[_NAMES_SHOWN - 1 :] = ["the like"]
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _plain(function: Callable[..., Any]) -> str:
+    """A function's name without what tells its overloads and its form in place apart."""
+    name = str(getattr(function, "__name__", function)).partition(".")[0]
+    if getattr(operator, f"i{name[1:]}", None) is function:
+        return name[1:]
+    return name.removesuffix("_")
 
 
 @attrs.frozen

@@ -117,7 +117,7 @@ def test_call_takes_module_types_functions_and_method_names_in_any_order():
     assert step.functions == (F.relu, torch.relu)
     assert step.methods == ("relu",)
     assert step.chain == "input"
-    assert str(step) == "ReLU, ReLU6, relu(), relu() or .relu()"
+    assert str(step) == "ReLU, ReLU6 or relu()"
 
 
 def test_a_call_step_may_be_optional_or_repeated():
@@ -295,6 +295,21 @@ def test_rules_and_guards_are_tested_without_any_graph():
     match = LinearAct(linear=nn.Linear(2, 20), act=nn.ReLU())
     assert keep_linear(match).module is match.linear
     assert keep_linear.guards[0](match) == "it is large"
+
+
+def test_what_a_step_may_be_is_listed_once_and_briefly():
+    """Forms in place, operators and overloads are what the function is called; a few will do."""
+    aten = torch.ops.aten
+    sums = fxr.call(
+        operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add_"
+    )
+    pattern = fxr.pattern_of(fxr.chain(sums=sums, relu=fxr.call(nn.ReLU, F.relu, "relu", "clamp_")))
+    assert list(map(str, pattern.steps)) == ["add()", "ReLU, relu() or .clamp()"]
+    many = fxr.call(
+        *(getattr(torch, name) for name in "sin cos tan sinh cosh tanh asin acos exp".split())
+    )
+    (step,) = fxr.pattern_of(fxr.chain(many=many)).steps
+    assert str(step) == "sin(), cos(), tan(), sinh(), cosh(), tanh(), asin() or the like"
 
 
 def test_a_captured_call_reads_as_it_would_be_written():

@@ -52,9 +52,14 @@ def exported(decomposed: bool, net: nn.Module, x: torch.Tensor = nets.X) -> Expo
 @functools.cache
 def program(decomposed: bool) -> ExportedProgram:
     """The one program that most tests are about."""
-    return exported(decomposed, Net())
+    net = Net()
+    if decomposed and LEAVES_COPIES:
+        net.inner[1] = nn.Identity()
+    return exported(decomposed, net)
 
 
+# Before torch 2.14 a dropout decomposes into a copy, across which no rule folds.
+LEAVES_COPIES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 both = pytest.mark.parametrize("decomposed", [False, True], ids=["training IR", "decomposed"])
 
 

@@ -16,7 +16,7 @@ from fxrewrite.testing import Case, check_model
 
 # The long profile, by hand: pytest --hypothesis-profile=long --hypothesis-seed=1 tests/test_fuzz.py
 MODELS = 4_000 if settings.get_current_profile_name() == "long" else 100
-SETS = ("conv_bn", "affine", "cleanup", "inference", "reparam")
+SETS = ("conv_bn", "affine", "cleanup", "inference", "reparam", "merge_siblings")
 
 # One set, or several in any order.
 rules = st.sampled_from(SETS).map(lambda name: [name]) | st.permutations(SETS).flatmap(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import nets
@@ -49,6 +51,124 @@ def test_a_bystander_is_known_by_its_alias_too() -> None:
     report = fxr.plan(model, "conv_bn")
     assert "it feeds act (ReLU)" in report.why("other")
     assert "it feeds act (ReLU)" in report.why("conv")
+
+
+@fxr.pattern
+class Convolved:
+    """One branch."""
+
+    conv: nn.Conv2d
+    act: nn.ReLU
+
+
+@fxr.pattern
+class Plain:
+    """The other."""
+
+    conv: nn.Conv2d
+
+
+@fxr.pattern
+class Summed:
+    """A sum of that and what another convolution makes."""
+
+    left: Convolved
+    right: Plain
+    join: fxr.Call = fxr.call(operator.add, torch.add, "add", "add_")
+
+
+@fxr.rule
+def add_up(m: Summed) -> fxr.Bypass:
+    return fxr.Bypass()
+
+
+IN_A_BRANCH: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
+    "the branch itself": (
+        lambda m, x: m.a(x).tanh() + m.b(x),
+        "a",
+        "the left.conv of add_up, but it feeds tanh (.tanh()), not a ReLU",
+    ),
+    "the branch, from its end": (
+        lambda m, x: m.act(x) + m.b(x),
+        "act",
+        "the left.act of add_up, but it reads the model's input 'x', not a Conv2d",
+    ),
+    "no join": (
+        lambda m, x: m.act(m.a(x)) * m.b(x),
+        "a",
+        "the left.conv of add_up, but act (ReLU) feeds mul (mul()), not an add()",
+    ),
+    "the other branch": (
+        lambda m, x: m.act(m.a(x)) + x,
+        "a",
+        "the left.conv of add_up, but in branch right, add (add()) reads the model's input 'x', "
+        "not a Conv2d",
+    ),
+    "different values": (
+        lambda m, x: m.act(m.a(x)) + m.b(x.tanh()),
+        "a",
+        "the left.conv of add_up, but add (add()) joins branches of different values: "
+        "the model's input 'x' and tanh (.tanh())",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", IN_A_BRANCH)
+def test_a_step_of_a_branch_tells_where_the_match_stopped(where: str) -> None:
+    """In its own branch, behind it, in another branch, or where the branches part."""
+    forward, name, said = IN_A_BRANCH[where]
+    model = Forward(forward, a=conv(), b=conv(), act=nn.ReLU())
+    told = fxr.plan(model, add_up).why(name)
+    assert told.startswith(f"{name}: it could be ")
+    assert said in told
+
+
+def test_a_reason_that_several_rules_have_is_told_once() -> None:
+    """The steps that a node could be are listed before it."""
+    rules = [declines(name, None, a=nn.ReLU, b=nn.GELU) for name in ("one", "two", "three")]
+    assert fxr.plan(nn.Sequential(nn.ReLU(), nn.Tanh()).eval(), rules).why("0") == (
+        "0: it could be the a of one, the a of two or the a of three, but it feeds 1 (Tanh), "
+        "not a GELU"
+    )
+
+
+def test_a_module_that_no_call_reaches_says_so() -> None:
+    """Never called, or inside of what is kept whole: that, not that no rule is about it."""
+    inner = nn.Sequential(conv(), nn.ReLU())
+    inner.register_forward_hook(lambda *of: None)
+    model = Forward(lambda m, x: m.inner(m.conv(x)), conv=conv(), inner=inner, unused=conv())
+    report = fxr.plan(model, "conv_bn")
+    assert report.why("unused") == "unused: no call of it is in the traced graph"
+    assert report.why("inner.0") == (
+        "inner.0: it is inside inner (Sequential), which is kept whole, since it carries a "
+        "forward hook"
+    )
+
+
+def test_a_container_names_what_in_it_was_near_a_match() -> None:
+    """Where nothing of it took part in a match, it says whom to ask."""
+    model = Forward(lambda m, x: m.block(x), block=nn.Sequential(conv(), nn.ReLU()))
+    assert fxr.plan(model, "conv_bn").why("block") == (
+        "block: no match includes anything of it; there might have been one at block.0"
+    )
+    assert "no rule looks for a module" in fxr.plan(model, declines("r", None, a=nn.GELU)).why(
+        "block"
+    )
+
+
+def test_a_call_that_reads_more_than_a_step_allows_does_not_speak_for_others() -> None:
+    """Of two sums, the one with a constant could be the step, whichever comes first."""
+
+    @fxr.pattern
+    class Scaled:
+        linear: nn.Linear
+        by: fxr.Call = fxr.call(operator.add, side_inputs=False)
+        relu: nn.ReLU
+
+    rule = fxr.rule(pattern=Scaled, name="scaled")(lambda m: fxr.Bypass())
+    report = fxr.plan(Forward(lambda m, x: (x + x.tanh()) + 1), rule)
+    assert "no rule looks for a node" in report.why("add")
+    assert "it could be the by of scaled" in report.why("add_1")
 
 
 def declines(name: str, reason: str | None, **steps: Any) -> Any:
