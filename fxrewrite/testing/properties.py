@@ -15,11 +15,11 @@ from fxrewrite.api import plan, rewrite
 from fxrewrite.copying import NotCopiedError
 from fxrewrite.dialects.spellings import SPELLINGS
 from fxrewrite.errors import FxRewriteError, TraceError
-from fxrewrite.matching import Matcher, accepts
+from fxrewrite.matching import accepts
 from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Report
 from fxrewrite.ruleset import Rule
-from fxrewrite.sites import Miss, name_of
+from fxrewrite.sites import name_of
 from fxrewrite.steps import Step
 from fxrewrite.tracing.tracer import trace
 from fxrewrite.view import GraphView
@@ -131,16 +131,17 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     except TraceError:  # it was rewritten in parts
         graph, constants = fx.Graph(), {}
     view = GraphView(model, graph, constants)
+    # A quiet rule tells of those anchors only of which it has something to tell.
     loud = [rule for rule in rules if not rule.quiet]
     kinds = tuple(kind for rule in loud for kind in _anchor(rule).modules)
     calls: Counter[str] = Counter()
     for node in graph.nodes:
         name = name_of(node)
-        looking = [rule for rule in rules if accepts(_anchor(rule), node, view)]
+        looking = [rule for rule in loud if accepts(_anchor(rule), node, view)]
         for rule in looking:
-            if not _is_told_by(rule, node, view, report):
+            if not _is_told_by(rule, node, report):
                 return f"nothing is said of {name} by {rule.name}"
-        calls[name] += any(not rule.quiet for rule in looking)
+        calls[name] += bool(looking)
         if not calls[name] and _any_is(_meant(node), kinds):
             read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
             names = {node.name, *(name.rpartition(".")[0] for name in read)}
@@ -160,13 +161,9 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
 
-def _is_told_by(rule: Rule[Any], node: fx.Node, view: GraphView, report: Report) -> bool:
-    """Whether a rule's answer is in the report, or else that another one applied."""
-    found = Matcher(rule.pattern, view, node).match()
-    if rule.quiet and isinstance(found, Miss):
-        return True  # a quiet rule tells of those anchors only where its chain is
-    nodes = [node] if isinstance(found, Miss) else found.nodes
-    names = {name for each in nodes for name in (name_of(each), each.name)}
+def _is_told_by(rule: Rule[Any], node: fx.Node, report: Report) -> bool:
+    """Whether a rule's answer at an anchor is in the report, or else that another one applied."""
+    names = {name_of(node), node.name}
     told = [each for each in report.findings if any(map(each.is_about, names))]
     said = (one.rule for each in told for one in (each, *each.others))
     return rule.name in said or any(each.outcome == "applied" for each in told)
