@@ -18,7 +18,6 @@ from .replaying import Script
 from .report import Report
 from .result import graph_module
 from .ruleset import RuleSet
-from .shapes import record_shapes
 from .tracing.elsewhere import used_elsewhere
 from .tracing.partial import Parts
 from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
@@ -55,6 +54,8 @@ class Rewriter:
             modules = dict(model.named_modules(remove_duplicate=False))
             views = [GraphView(model, part.graph, part.constants, modules) for part in parts.parts]
             if example_inputs is not None and whole.is_whole:
+                from .shapes import record_shapes  # with sympy, which takes long to import
+
                 record_shapes(graph_module(views[0]), _as_tuple(example_inputs))
             if into == "graph":
                 applied = apply(views[0], self.rule_sets, IntoGraph(), script)

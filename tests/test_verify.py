@@ -387,11 +387,22 @@ def test_the_allowed_error_can_be_given() -> None:
     assert not verify(*models, _X).same
 
 
+def test_rewriting_imports_nothing_that_takes_long() -> None:
+    """What is there beside torch costs little, until example inputs need torch's fake tensors."""
+    code = (
+        "import sys, torch, fxrewrite as fxr\n"
+        "fxr.rewrite(torch.nn.ReLU(), ['inference', 'reparam'])\n"
+        "assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_verifying_needs_no_command_line_packages() -> None:
-    """The public functions import nothing that only the command line needs."""
+    """The public functions import nothing that only the command line needs, or that is slow to."""
     code = (
         "import sys, torch, fxrewrite as fxr\n"
         "fxr.localise(torch.nn.ReLU(), 'conv_bn', fxr.random_inputs((2, 3)))\n"
-        "assert not {'typer', 'rich', 'safetensors'} & {*sys.modules}"
+        "assert not {'typer', 'rich', 'safetensors', 'hypothesis'} & {*sys.modules}\n"
+        "assert not {'torch._inductor', 'torch._dynamo', 'torchvision', 'timm'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
