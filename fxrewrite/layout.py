@@ -126,7 +126,8 @@ def _splits(reader: fx.Node, value: fx.Node, step: Step, view: GraphView) -> boo
     joined and split in any way.
     """
     known, sizes = value.meta.get("val"), _sizes(reader)
-    if step.dim != -1 or not isinstance(known, torch.Tensor):
+    width = known.shape[-1] if isinstance(known, torch.Tensor) and known.dim() else None
+    if known is None or step.dim != -1 or not isinstance(width, int):
         return False
     product = 1
     for at in range(len(sizes) - 1, -1, -1):
@@ -136,7 +137,7 @@ def _splits(reader: fx.Node, value: fx.Node, step: Step, view: GraphView) -> boo
         if not isinstance(sizes[at], int):
             return False
         product *= sizes[at]
-        if product == known.shape[-1]:
+        if product == width:
             return True
     return False
 
@@ -151,7 +152,8 @@ def _sizes(reader: fx.Node) -> Sequence[Any]:
 def _is_size(size: Any, dim: int, value: fx.Node, step: Step, view: GraphView) -> bool:
     """Whether a number is the size of that dimension of a value, whatever the value is."""
     if isinstance(size, int):
-        return view.sizes_are_fixed and bool(value.meta["val"].shape[dim] == size)
+        known = value.meta["val"].shape[dim]  # to compare a symbol would fix what it stands for
+        return view.sizes_are_fixed and isinstance(known, int) and known == size
     if not isinstance(size, fx.Node):
         return False
     of, at = size.args[:1], size.args[1:]

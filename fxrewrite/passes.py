@@ -81,8 +81,9 @@ def _source_hash(rule_sets: list[RuleSet]) -> bytes | None:
     found = hashlib.sha256()
     files: set[str] = set(map(str, Path(__file__).parent.rglob("*.py")))
     for rule in (rule for rule_set in rule_sets for rule in rule_set.rules):
-        found.update(f"{rule.name} {rule.pattern} {rule.any_mode}".encode())
-        sources: tuple[Any, ...] = (rule.build, rule.pattern.cls, *rule.guards)
+        found.update(f"{rule.name} {rule.pattern} {rule.any_mode} {rule.last}".encode())
+        alike = (step.alike for step in rule.pattern.steps if step.alike is not None)
+        sources: tuple[Any, ...] = (rule.build, rule.pattern.cls, *rule.guards, *alike)
         for function in sources:
             try:
                 file = inspect.getsourcefile(function)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
-from fxrewrite.patterns.merge_siblings import in_common, stacked
+from fxrewrite.patterns.merge_siblings import in_common, of_any_size, stacked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
 from fxrewrite.errors import PatternError, RuleError
-from fxrewrite.testing import check_rule
+from fxrewrite.testing import check_rule, models_around
 from fxrewrite.testing.written import written
 
 
@@ -23,6 +27,9 @@ class Linears:
 def merge(m: Linears) -> fxr.Split:
     sizes = tuple(layer.out_features for layer in m.layers)
     return fxr.Split(stacked(m.layers, out_features=sum(sizes)), sizes)
+
+
+convs = of_any_size.rules[1]
 
 
 def attention(*, after=(), before=(), returned="F.relu(q), F.silu(k), v.sum(-1)", **members):
@@ -422,4 +429,149 @@ def test_what_a_group_may_not_be():
 
 
 def test_any_model_with_siblings():
-    check_rule(merge)
+    check_rule([merge, convs])
+
+
+@given(models_around(Linears), st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_is_returned_lies_in_memory_as_it_did(case, shapes):
+    """Of no output the strides or the outputs that share its storage change."""
+    try:
+        made, report = fxr.rewrite(case.model, merge, case.args if shapes else None)
+    except fxr.TraceError:
+        return
+    if report.applied:
+        with torch.no_grad():
+            assert layout(made(*copied(case.args))) == layout(case.model(*copied(case.args)))
+
+
+def copied(args):
+    return tuple(each.clone() for each in args)
+
+
+def layout(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    storages = [each.untyped_storage().data_ptr() for each in outputs]
+    return [
+        (each.is_contiguous(), storages.index(at), each.untyped_storage().nbytes())
+        for each, at in zip(outputs, storages, strict=True)
+    ]
+
+
+def test_gradients_flow_as_they_did():
+    model = attention(returned="(F.relu(q).sum() + (k * v.sum()).sum(),)")
+    made, _ = fxr.rewrite(model, merge, expect={"merge": 1})
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    for run, each in zip((model, made), given, strict=True):
+        run(each)[0].backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad)
+    parts = made.q.weight.grad.split([6, 2, 3])
+    for name, part in zip("qkv", parts, strict=True):
+        torch.testing.assert_close(part, model.get_submodule(name).weight.grad)
+
+
+def test_the_result_is_scripted_exported_saved_and_loaded(tmp_path):
+    def build():
+        return Attention().double().eval()
+
+    model = build()
+    made, report = rewritten(model)
+    for again in (
+        torch.jit.script(made),
+        torch.export.export(made, (x,)).module(),
+        fxr.load(build, merge, made.state_dict(), report.to_json()),
+    ):
+        torch.testing.assert_close(again(x), model(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
+        self.v, self.out = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x):
+        weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), -1)
+        return self.out(weights @ self.v(x))
+
+
+def test_in_a_graph_of_operators_all_that_is_made_is_operators():
+    model = attention()
+    module, expected = torch.export.export(model, (x,)).module(), model(x)
+    fxr.inductor_pass(merge)(module.graph)
+    module.recompile()
+    calls = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    assert torch.ops.aten.split_with_sizes.default in calls
+    assert all(isinstance(n, torch._ops.OpOverload) or n is operator.getitem for n in calls)
+    for one, other in zip(module(x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# The rule set.
+
+
+def test_inductor_compiles_what_the_rule_set_leaves():
+    """The example of the issue that asked for it."""
+    model = Attention().eval()
+    compiled = torch.compile(model, backend=fxr.backend("merge_siblings", inner="inductor"))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x.float()), model(x.float()))
+    torch._dynamo.reset()
+
+
+def branches(*, groups=1, other=None):
+    members = {"a": nn.Conv2d(8, 4, 1, groups=groups), "b": nn.Conv2d(8, 4, 1, groups=groups)}
+    return written(
+        {**members, "b": other or members["b"]}, ["return F.relu(self.a(x)), F.relu(self.b(x))"]
+    )
+
+
+image = torch.randn(1, 8, 7, 7)
+
+
+def test_branches_of_one_geometry_become_one_convolution():
+    model = branches()
+    made, _ = fxr.rewrite(model, "merge_siblings", image, expect={"merge_convs": 1})
+    assert made.a.weight.shape == (8, 8, 1, 1)
+    for one, other in zip(made(image), model(image), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (nn.Conv2d(8, 4, 3), "differs in kernel_size: (3, 3), and here (1, 1)"),
+        (nn.Conv2d(8, 4, 1, stride=2), "differs in stride: (2, 2), and here (1, 1)"),
+        (nn.Conv2d(8, 4, 1, padding=1), "differs in padding: (1, 1), and here (0, 0)"),
+        (nn.Conv2d(8, 4, 1, groups=2), "differs in groups: 2, and here 1"),
+        (nn.Conv2d(8, 4, 1).double(), "differs in dtype: torch.float64, and here torch.float32"),
+        (nn.Conv2d(8, 4, 1, padding_mode="circular"), "differs in padding_mode: circular"),
+    ],
+)
+def test_convolutions_of_another_geometry_are_no_siblings(other, expected):
+    report = fxr.plan(branches(other=other), "merge_siblings")
+    assert expected in report.missed[0].reason
+
+
+def test_groups_are_not_interleaved():
+    report = fxr.plan(branches(groups=2), "merge_siblings", image)
+    assert report.refused[0].reason == "the convolutions have 2 groups"
+
+
+def test_large_layers_are_left_alone():
+    members = {"a": nn.Linear(512, 128), "b": nn.Linear(512, 128)}
+    model = written(members, ["return F.relu(self.a(x)), F.relu(self.b(x))"])
+    report = fxr.plan(model, "merge_siblings", torch.randn(1, 512))
+    assert "the layers have 131072 weights together" in report.refused[0].reason
+    assert fxr.plan(model, of_any_size).applied
+
+
+def test_large_values_are_left_alone():
+    report = fxr.plan(branches(), "merge_siblings", torch.randn(1, 8, 128, 128))
+    assert "the layers compute some 131072 numbers" in report.refused[0].reason
+
+
+def test_without_shapes_layers_are_left_alone():
+    report = fxr.plan(branches(), "merge_siblings")
+    assert "example_inputs would decide it" in report.refused[0].reason
+    assert fxr.plan(branches(), of_any_size).applied

@@ -113,6 +113,10 @@ class _Lowering:
                 function, args, kwargs = operator.getitem, (call, spelling.item), {}
         node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
         renew(self._view, _below(node, source))
+        if isinstance(function, torch._ops.OpOverload):  # and so must be what splits its result
+            for user in node.users:
+                if user.target is torch.split_with_sizes:
+                    user.target = torch.ops.aten.split_with_sizes.default
 
     def _argument(
         self, node: fx.Node, value: Any, field: str, lifted: Lifted, spelling: Spelling
