@@ -152,9 +152,13 @@ def is_fresh(node: fx.Node, view: GraphView) -> bool:
     if node.op == "call_module":
         return is_fresh_module(view.module(node))
     if node.op == "call_function":
-        known = base_name(node.target) in _FRESH_CALLS and _is_torch(node.target)
-        return known and not written_by(node, view)
+        return is_fresh_function(node.target) and not written_by(node, view)
     return node.op != "call_method" or node.target in _FRESH_CALLS
+
+
+def is_fresh_function(function: Any) -> bool:
+    """Whether a function gives new storage, unless it is told where to write."""
+    return base_name(function) in _FRESH_CALLS and _is_torch(function)
 
 
 def is_fresh_module(module: nn.Module | None) -> bool:

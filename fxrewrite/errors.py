@@ -28,6 +28,10 @@ class TraceError(FxRewriteError):
     """The model can't be traced into a graph."""
 
 
+class SpecialisedError(FxRewriteError):
+    """A graph is run on what it was not traced for: another kind of argument, another mode."""
+
+
 class RuleError(FxRewriteError):
     """A rule raised, mutated its match, returned the wrong thing, or never came to an end."""
 

@@ -13,6 +13,7 @@ from .errors import ExpectationError, UnknownNameError
 from .renaming import Became
 from .sites import Alone, Miss, in_one_line
 from .tracing.explaining import Stop
+from .tracing.specialising import Assumption
 
 Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
@@ -98,9 +99,10 @@ class Report:
     `rule_sets` names the rules of each set, `modules` all modules of the model, an alias by the
     name that the graph has for it, and `nodes` the nodes that were looked at. `bystanders` has
     what is no anchor, took part in nothing, and might have; `unreached` says of modules why no call
-    of them was looked at. `into` is "graph" or "modules", what
-    the result is; `stops` has each module that could not be traced, and why. `parameter_names` has
-    for each key of the model's state dict what became of it.
+    of them was looked at. `into` is "graph" or "modules", what the result is; `stops` has each
+    module that could not be traced, and why. `assumptions` has what a forward asks that a graph
+    answers once: a graph checks it, and a module tree need not. `parameter_names` has for each key
+    of the model's state dict what became of it.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -121,6 +123,7 @@ class Report:
     into: str = "graph"
     stops: tuple[Stop, ...] = ()
     parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
+    assumptions: tuple[Assumption, ...] = ()
 
     @property
     def applied(self) -> tuple[Finding, ...]:
@@ -211,6 +214,7 @@ class Report:
             "counts": self.counts,
             "into": self.into,
             "stops": [each.to_dict() for each in self.stops],
+            "assumptions": [each.to_dict() for each in self.assumptions],
             "parameter_names": {k: str(each) for k, each in self.parameter_names.items()},
             "findings": [finding.to_dict() for finding in self.findings],
         }
@@ -227,6 +231,13 @@ class Report:
         if self.stops:
             stops = [(each.name or each.kind, each.summary) for each in self.stops]
             lines += _listing("not traced, so that the rules went into the module tree", stops)
+        asked = [(a.name or a.kind, str(a)) for a in self.assumptions if not a.is_mode]
+        if self.into == "graph":
+            lines += _listing("taken for granted, which the graph checks", asked)
+            if any(each.is_mode for each in self.assumptions):
+                lines += ["", "its mode is taken for granted, which the graph checks"]
+        else:
+            lines += _listing("asked for, so that the rules went into the module tree", asked)
         noted = [f for f in self.applied if f.notes]
         lines += _listing("noted", [(f.anchor, "; ".join(f.notes)) for f in noted])
         lines += _listing("refused", [(f.anchor, f.reason) for f in self.refused])

@@ -19,6 +19,7 @@ from .report import Report
 from .result import graph_module
 from .ruleset import RuleSet
 from .tracing.elsewhere import used_elsewhere
+from .tracing.optional import attempt_as_graph
 from .tracing.partial import Parts
 from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
 from .view import GraphView
@@ -42,10 +43,14 @@ class Rewriter:
         leaves = (*named, *checked_leaves(self.leaf_modules))
         if isinstance(model, ExportedProgram):
             return self._program(model, script)
-        whole = attempt(model, leaves, self.tracer)
-        into = self.into or ("graph" if whole.is_whole else "modules")
+        start = attempt_as_graph if self.into == "graph" else attempt
+        whole = start(model, leaves, self.tracer)
+        is_graph = whole.is_whole and not whole.decides
+        into = self.into or ("graph" if is_graph else "modules")
         if into == "graph" or is_compiled(model):  # of which no part is to be had either
             whole.check(model)
+        if into == "modules":
+            whole = whole.unchecked()
         anchors = (rule.pattern.steps[rule.pattern.anchor] for rule in rules)
         wanted = named if all(step.modules for step in anchors) else (nn.Module,)
         parts = Parts(model, whole, wanted, leaves, self.tracer, in_leaves=into == "modules")
@@ -67,7 +72,10 @@ class Rewriter:
                 applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
                 replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
                 made = copied(model, replaced)
-        return made, applied.report(model, made, into)
+        report = applied.report(model, made, into)
+        if whole.is_whole and (into == "graph" or self.into is None):
+            report = attrs.evolve(report, assumptions=whole.assumptions)
+        return made, report
 
     def _program(self, model: ExportedProgram, script: Script) -> tuple[Any, Report]:
         with torch.inference_mode(False), torch.no_grad():

@@ -154,11 +154,14 @@ def folded(net: nn.Module, x: torch.Tensor, applied: int, **options: Any) -> Any
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_a_functional_chain_becomes_a_functional_call(rank: int) -> None:
-    """Nothing is left of the batch norm, and the folded tensors have the names of the old ones."""
+    """Nothing is left of the batch norm, and the folded tensors have the names of the old ones.
+
+    The forward read its mode, so that the graph checks it.
+    """
     layers = {"conv": nets.CONVS[rank](4, 4, 3, padding=1), "norm": nets.BATCH_NORMS[rank](4)}
     net = Functional((conv, "conv"), (dropout, ""), (bn, "norm"), (relu, ""), **layers)
     made, report = folded(net, nets.random_input((2, 4, *[5] * rank)), 1)
-    assert called(made) == [f"conv{rank}d", "relu"]
+    assert called(made) == [f"conv{rank}d", "Mode", "relu"]
     assert list(made.state_dict()) == ["conv.weight", "conv.bias"]
     assert str(report.applied[0]) == (
         f"batch_norm: applied by fold_conv_bn: conv{rank}d -> dropout -> batch_norm "

@@ -75,6 +75,8 @@ class Parts:
         part = _part(name, traced)
         self.parts.append(part)
         for target in dict.fromkeys(str(n.target) for n in part.graph.find_nodes(op="call_module")):
+            if target in part.constants:
+                continue  # a check, which the model does not have
             module = self._model.get_submodule(target)
             if target in self.stops:
                 self._open(target)
@@ -100,7 +102,7 @@ class Parts:
             for each in self._leaves
             if isinstance(each, type) or each.startswith(f"{name}.")
         ]
-        self._add(name, attempt(module, below, self._tracer))
+        self._add(name, attempt(module, below, self._tracer).unchecked())
 
     def _is_wanted(self, module: nn.Module) -> bool:
         return any(isinstance(each, self._wanted) for each in module.modules())

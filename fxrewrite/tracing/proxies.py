@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.graph import inplace_methods
 
 
 class Proxy(fx.Proxy):
-    """A value to trace with, whose `x += y` is recorded as the write in place that it is.
+    """A value to trace with.
 
-    Of FX's own it makes a new value, and whatever else is `x`, or a view of it, misses the write.
+    Its `x += y` is recorded as the write in place that it is; of FX's own it makes a new value, and
+    whatever else is `x`, or a view of it, misses the write. To a forward that asks, it is a tensor.
     """
+
+    def __hash__(self) -> int:
+        """Its identity; a forward that looks it up somewhere by that is noted."""
+        watch = getattr(self.tracer, "watch", None)
+        if watch is not None:
+            watch.uses_as_key(self, sys._getframe(1))
+        return id(self)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """A tensor's, to a forward that asks; FX and torch must see what it is."""
+        watch = getattr(self.tracer, "watch", None)
+        is_asked = watch is not None and watch.is_asked(sys._getframe(1))
+        return torch.Tensor if is_asked else Proxy
 
 
 def _recorded(write: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import attrs
@@ -17,6 +17,7 @@ from ..snapshot import ModelState
 from ..soundness import has_hooks
 from .explaining import Stop, stop
 from .proxies import Proxy
+from .specialising import Assumption, Watch
 from .tolerance import tolerant
 from .watching import watched
 
@@ -41,6 +42,7 @@ class Traced:
     constants: dict[str, Any] = attrs.field(factory=dict)
     stops: tuple[Stop, ...] = ()
     reads_buffers: bool = False
+    assumptions: tuple[Assumption, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -52,6 +54,24 @@ class Traced:
         if not self.is_whole:
             first = self.stops[0]
             raise TraceError(first.advice(type(model).__name__)) from first.error
+        for each in self.assumptions:
+            if each.check is None:
+                raise TraceError(each.advice(type(model).__name__))
+
+    @property
+    def decides(self) -> bool:
+        """Whether what the arguments are decided the graph, or what else a forward asked."""
+        return any(not each.is_mode for each in self.assumptions)
+
+    def unchecked(self) -> Traced:
+        """The same without the steps that check what the graph takes for granted."""
+        checks = {each.check for each in self.assumptions if each.check is not None}
+        if self.graph is not None:
+            for node in self.graph.find_nodes(op="call_module"):
+                if node.target in checks:
+                    self.graph.erase_node(node)
+        kept = {name: each for name, each in self.constants.items() if name not in checks}
+        return attrs.evolve(self, constants=kept)
 
 
 def trace(
@@ -83,8 +103,12 @@ def attempt(
     model: nn.Module,
     leaf_modules: LeafModules = (),
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Traced:
-    """As `trace`, with each submodule that can't be traced as one node, and no TraceError."""
+    """As `trace`, with each submodule that can't be traced as one node, and no TraceError.
+
+    `left_out` are arguments that are traced at their default, with the line that asks for each.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
     if isinstance(model, fx.GraphModule):
@@ -98,9 +122,9 @@ def attempt(
     with _tracing:
         # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
         # A model that needs a buffer's value then does not trace, and gets a second try without.
-        found = _settled(model, leaves, tracer or _BufferTracer)
+        found = _settled(model, leaves, tracer or _BufferTracer, left_out or {})
         if found.stops and found.reads_buffers and tracer is None:
-            second = _settled(model, leaves, fx.Tracer)
+            second = _settled(model, leaves, fx.Tracer, left_out or {})
             better = second.graph is not None and len(second.stops) < len(found.stops)
             if better or found.graph is None:
                 return second
@@ -132,11 +156,12 @@ def _settled(
     model: nn.Module,
     leaves: tuple[type[nn.Module] | str, ...],
     tracer: fx.Tracer | type[fx.Tracer],
+    left_out: Mapping[str, str],
 ) -> Traced:
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
     while True:
-        found, changed = _traced(model, (*leaves, *changing), tracer)
+        found, changed = _traced(model, (*leaves, *changing), tracer, left_out)
         if not changed:
             return attrs.evolve(found, stops=(*changing.values(), *found.stops))
         for name in changed:
@@ -168,6 +193,7 @@ def _traced(
     model: nn.Module,
     leaves: tuple[type[nn.Module] | str, ...],
     tracer: fx.Tracer | type[fx.Tracer],
+    left_out: Mapping[str, str],
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
@@ -176,10 +202,11 @@ def _traced(
     watched(own)
     before = ModelState(model, buffers=not own.proxy_buffer_attributes)
     known = set(model.__dict__)
-    graph = None
+    graph, watch = None, Watch(own, model, left_out)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
-            graph = own.trace(model)
+            with watch:
+                graph = own.trace(model)
         except Exception as error:
             raised[""] = error
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
@@ -194,7 +221,10 @@ def _traced(
             if isinstance(node.type, str):  # an annotation not evaluated, unknown to torch.jit
                 node.type = None
     reads_buffers = getattr(own, "reads_buffers", False)
-    return Traced(graph, constants, stops, reads_buffers), changed
+    assumptions = watch.assumptions(graph, raised) if graph is not None else ()
+    checks = {each.check for each in assumptions}
+    constants |= {name: each for name, each in watch.expectations.items() if name in checks}
+    return Traced(graph, constants, stops, reads_buffers, assumptions), changed
 
 
 def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:

@@ -1,0 +1,171 @@
+"""Which instructions of a function ask what a value is, such as `x is None` or `isinstance(x, T)`.
+
+A value that stands for another while tracing does not notice such a question, unlike one for what
+it holds. So the questions are found in the bytecode.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import attrs
+
+# Functions that ask what their first argument is, and from how many arguments on.
+_ASKING = {"isinstance": 2, "type": 1, "hasattr": 2, "callable": 1, "id": 1, "getattr": 3}
+_MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "MATCH_KEYS")
+_CALLS = ("CALL", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_KW")
+_LOADS = (
+    "LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW LOAD_DEREF LOAD_CLASSDEREF LOAD_NAME LOAD_GLOBAL "
+    "LOAD_FROM_DICT_OR_DEREF"
+).split()
+# What newer Pythons make of two instructions.
+_PAIRS = {
+    "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
+    "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),
+    "STORE_FAST_LOAD_FAST": ("STORE_FAST", "LOAD_FAST"),
+    "STORE_FAST_STORE_FAST": ("STORE_FAST", "STORE_FAST"),
+}
+
+
+@attrs.frozen
+class Instruction:
+    """An instruction, with what it does to the height of the stack.
+
+    `value` is the name or constant that it loads, or how many arguments it calls with.
+    """
+
+    offset: int
+    name: str
+    value: Any
+    effect: int
+    is_jump: bool = False
+    is_target: bool = False
+
+    @property
+    def variable(self) -> str | None:
+        """The variable that it loads, or None."""
+        return self.value if self.name in _LOADS else None
+
+
+@attrs.frozen
+class Question:
+    """One place where a function asks what a value is.
+
+    `kind` is "is", "match", "training" (it reads an attribute of that name) or the name of the
+    function that asks. `operands` are the instructions that make each operand, or None where they
+    can't be told apart; `names` are the variables that are read for it, and
+    `line` is the number of the line.
+    """
+
+    kind: str
+    operands: tuple[tuple[Instruction, ...], ...] | None
+    names: frozenset[str]
+    line: int | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def questions(code: CodeType) -> dict[int, Question]:
+    """The questions that a function asks, by the offset of the instruction that does so.
+
+    >>> def scale(x, by=None):
+    ...     return x if by is None else x * by
+    >>> [(each.kind, sorted(each.names)) for each in questions(scale.__code__).values()]
+    [('is', ['by'])]
+    """
+    instructions = list(_instructions(code))
+    asks = {*_ASKING} & {*code.co_names}
+    lines = {at: line for start, end, line in code.co_lines() for at in range(start, end, 2)}
+    found: dict[int, Question] = {}
+    for at, each in enumerate(instructions):
+        question = _question(instructions, at, bool(asks))
+        if question is not None:
+            question = attrs.evolve(question, line=lines[each.offset])
+            found[each.offset] = question
+            while at and instructions[at - 1].name == "EXTENDED_ARG":
+                at -= 1  # which is where Python says that it is
+                found[instructions[at].offset] = question
+    return found
+
+
+def _question(code: Sequence[Instruction], at: int, asks: bool) -> Question | None:
+    each = code[at]
+    if each.name == "IS_OP":
+        return _about("is", code, at, 2)
+    if each.name.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+        question = _about("is", code, at, 1)
+        none = (Instruction(each.offset, "LOAD_CONST", None, 1),)
+        return attrs.evolve(question, operands=question.operands and (*question.operands, none))
+    if each.name == "LOAD_ATTR" and each.value == "training":
+        return _about("training", code, at, 1)
+    if each.name in _MATCHING:
+        return Question("match", None, _names(code[:at]))
+    if asks and each.name in _CALLS:
+        return _call(code, at)
+    return None
+
+
+def _call(code: Sequence[Instruction], at: int) -> Question | None:
+    """The question that a call asks; one whose function can't be found may be any."""
+    start = _start(code, at + 1)
+    if start is None:
+        return Question("call", None, _names(code[:at]))
+    called = next((each.variable for each in code[start:at] if each.name != "PUSH_NULL"), None)
+    count = code[at].value
+    if called not in _ASKING or count < _ASKING[called]:
+        return None
+    return _about(called, code, at - (code[at - 1].name == "PRECALL"), count)
+
+
+def _about(kind: str, code: Sequence[Instruction], end: int, count: int) -> Question:
+    """A question about so many uppermost values on the stack before an instruction."""
+    operands: list[tuple[Instruction, ...]] = []
+    at = end
+    for _ in range(count):
+        # Where code from elsewhere arrives, it may bring another value.
+        start = None if code[at].is_target else _start(code, at)
+        if start is None:
+            return Question(kind, None, _names(code[:end]))
+        operands.insert(0, tuple(code[start:at]))
+        at = start
+    return Question(kind, tuple(operands), _names(code[at:end]))
+
+
+def _start(code: Sequence[Instruction], end: int) -> int | None:
+    """Where the instructions begin that make the uppermost value before one; None if unclear."""
+    missing = 1
+    for at in range(end - 1, -1, -1):
+        each = code[at]
+        if each.is_jump or each.name.startswith(("COPY", "SWAP", "ROT_", "DUP_")):
+            return None
+        missing -= each.effect
+        if missing <= 0:
+            return at
+        if each.is_target:
+            return None
+    return None
+
+
+def _names(code: Sequence[Instruction]) -> frozenset[str]:
+    return frozenset(each.variable for each in code if each.variable is not None)
+
+
+def _instructions(code: CodeType) -> Iterator[Instruction]:
+    for each in dis.get_instructions(code):
+        argument = each.arg if each.opcode >= dis.HAVE_ARGUMENT else None
+        effect = dis.stack_effect(each.opcode, argument)
+        is_target = bool(each.is_jump_target)
+        if each.opname in _PAIRS:
+            for name, value in zip(_PAIRS[each.opname], each.argval, strict=True):
+                yield Instruction(
+                    each.offset, name, value, 1 if name == "LOAD_FAST" else -1, False, is_target
+                )
+                is_target = False
+            continue
+        name = "BINARY_SUBSCR" if each.argrepr == "[]" else each.opname
+        value = each.arg if name in _CALLS else each.argval
+        is_jump = each.opcode in dis.hasjrel or each.opcode in dis.hasjabs
+        yield Instruction(each.offset, name, value, effect, is_jump, is_target)

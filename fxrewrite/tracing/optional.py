@@ -1,0 +1,63 @@
+"""Arguments that decide a forward's way and may be left out; a graph goes as where they are."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import fx, nn
+
+from .tracer import LeafModules, Traced, attempt
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def attempt_as_graph(
+    model: nn.Module,
+    leaf_modules: LeafModules = (),
+    tracer: fx.Tracer | type[fx.Tracer] | None = None,
+) -> Traced:
+    """As `attempt`, with the arguments at their default that decide what the graph is.
+
+    Those are the ones that the forward asks of what they are, or that it branches on; one that the
+    model does not run without is left as it is. The graph checks that they are left out.
+    """
+    found = attempt(model, leaf_modules, tracer)
+    if isinstance(model, fx.GraphModule):
+        return found
+    optional, was_whole = _optional_arguments(model), found.is_whole
+    left_out: dict[str, str] = {}
+    tried: set[str] = set()
+    while new := {n: line for n in optional if n not in tried and (line := _asks(found, n))}:
+        tried |= new.keys()
+        for trial in (new, *({name: line} for name, line in new.items())):
+            other = attempt(model, leaf_modules, tracer, left_out | trial)
+            if _failures(other) <= _failures(found):
+                found, left_out = other, left_out | trial
+                if trial is new:
+                    break
+    for name in () if was_whole else tuple(left_out):
+        rest = {each: line for each, line in left_out.items() if each != name}
+        other = attempt(model, leaf_modules, tracer, rest)
+        if _failures(other) <= _failures(found) and not _asks(other, name):
+            found, left_out = other, rest
+    return found
+
+
+def _optional_arguments(model: nn.Module) -> list[str]:
+    """The arguments of a model's forward that have a plain default."""
+    try:
+        parameters = inspect.signature(type(model).forward).parameters
+    except (TypeError, ValueError):
+        return []
+    return [name for name, each in parameters.items() if type(each.default) in _PLAIN]
+
+
+def _asks(traced: Traced, argument: str) -> str:
+    """The line that asks of an argument, or that may do so since tracing stopped there."""
+    lines = [each.line for each in traced.assumptions if each.argument == argument]
+    lines += [each.line or each.reason for each in traced.stops]
+    return lines[0] if lines else ""
+
+
+def _failures(traced: Traced) -> tuple[bool, int]:
+    return traced.graph is None, len(traced.stops)

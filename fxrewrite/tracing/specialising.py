@@ -1,0 +1,368 @@
+"""What a forward asks while it is traced that a graph can answer only once, and checks for that."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any
+
+import attrs
+import torch
+from torch import fx, nn
+
+from ..effects import is_fresh_function, is_fresh_module
+from ..expecting import Equal, Expectation, LeftOut, Mode, NotNone, NotSame, OfType
+from ..modules import fresh_name
+from .asking import Question, questions
+from .operands import Unclear, evaluate, holds_proxy, lookup, spelt
+from .proxies import Proxy
+
+
+@attrs.frozen
+class Assumption:
+    """Something that a forward asks and that a graph answers once and for all.
+
+    `name` is the qualified name of the module whose forward asks, empty for the model itself, and
+    `argument` is the argument of the model that it asks of, if it is one. `check` is the qualified
+    name of the step by which the graph makes sure of the answer, None where there can't be one.
+    `is_mode` says that it asks for the mode, training or not, and not what a value is.
+    """
+
+    name: str
+    kind: str
+    line: str
+    reason: str
+    argument: str | None = None
+    check: str | None = None
+    is_mode: bool = False
+
+    def __str__(self) -> str:
+        """What is taken for granted, and the line."""
+        return f"{self.reason}, at {self.line}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The assumption as plain data."""
+        return attrs.asdict(self)
+
+    def advice(self, kind: str) -> str:
+        """What to tell somebody who asked for one graph of a model of this kind."""
+        keep = f"keep that module as one node with leaf_modules=[{self.name!r}], or "
+        return (
+            f"{kind} can't be one graph since {self.kind} asks, at\n  {self.line}\n"
+            f"what only a real run can answer: {self.reason}.\n"
+            f"Leave out into='graph' to keep the forward as it is; or else "
+            f"{keep if self.name else ''}pass a tracer= or a GraphModule of your own."
+        )
+
+
+@attrs.frozen(eq=False)
+class _Known:
+    """A function that was called, which is held so that its id stays its own, and what it asks."""
+
+    code: CodeType
+    questions: Mapping[int, Question]
+
+    @functools.cached_property
+    def lines(self) -> frozenset[int]:
+        """The numbers of the lines with questions."""
+        return frozenset(each.line for each in self.questions.values() if each.line)
+
+
+class Watch:
+    """Watches a model's forward while it is traced, as a context, and writes checks into the graph.
+
+    Args:
+        tracer: a tracer of our own, about to trace in this thread.
+        model: what it traces.
+        left_out: arguments that are traced at their default, with the line that asks of each.
+    """
+
+    def __init__(self, tracer: fx.Tracer, model: nn.Module, left_out: Mapping[str, str]) -> None:
+        self.expectations: dict[str, Expectation] = {}
+        self._tracer, self._model, self._left_out = tracer, model, left_out
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
+        self._known: dict[int, _Known] = {}
+        self._asking: tuple[FrameType, int] | None = None
+        self._before: Any = None
+        self._arguments = tracer.create_args_for_root
+        tracer.create_args_for_root = self._at_default  # type: ignore[method-assign, assignment]
+
+    def __enter__(self) -> Watch:
+        before = self._before = sys.gettrace()
+        self._tracer.watch = self  # type: ignore[attr-defined]
+        sys._getframe().f_trace_opcodes = True  # which Python 3.12 wants to be told beforehand
+        # One that is written in C would put itself in our place.
+        is_plain = isinstance(before, FunctionType | MethodType)
+        sys.settrace(self._on_call_with(before) if is_plain else self._on_call())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+        self._asking = None
+        del self._tracer.watch  # type: ignore[attr-defined]
+
+    def assumptions(self, graph: fx.Graph, raised: Iterable[str]) -> tuple[Assumption, ...]:
+        """What the graph takes for granted, but not what was asked in modules that raised."""
+        live, gone = set(graph.nodes), tuple(f"{name}." for name in raised)
+        return tuple(
+            each
+            for each, node in self._found.values()
+            if (node in live if node is not None else not f"{each.name}.".startswith(gone))
+        )
+
+    def is_asked(self, frame: FrameType) -> bool:
+        """Whether a frame is just asking a value for its class, and is of a forward."""
+        return self._asking == (frame, frame.f_lasti)
+
+    def uses_as_key(self, value: fx.Proxy, frame: FrameType) -> None:
+        """Note that a value is looked up in a set or a dictionary, where it can't be found."""
+        if _is_watched(frame.f_code):
+            reason = "it looks a value up in a set or a dictionary"
+            self._add(_line(frame), reason, argument=_argument(value))
+
+    def _at_default(self, fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        fn, arguments = self._arguments(fn, is_module, concrete_args)
+        return fn, [self._default(each) for each in arguments]
+
+    def _default(self, argument: Any) -> Any:
+        name = str(argument.node.target) if isinstance(argument, fx.Proxy) else ""
+        if name not in self._left_out:
+            return argument
+        default = argument.node.args[0]
+        is_none = default is None
+        reason = f"{name} is {default!r}, its default"
+        line = self._left_out[name]
+        if isinstance(argument.node.type, str):  # for torch.jit, to which None is no tensor
+            argument.node.type = _evaluated(type(self._model).forward, name)
+        if is_none:
+            self._add(line, reason, LeftOut, (argument,), name)
+        else:
+            self._add(line, reason, lambda text: Equal(text, default), (argument,), name)
+        return default
+
+    def _on_call(self) -> Callable[[FrameType, str, Any], Any]:
+        known, learn, follow = self._known, self._learn, self._in_forward
+        dull: set[int] = set()
+
+        def on_call(frame: FrameType, event: str, value: Any) -> Any:
+            key = id(frame.f_code)
+            if key in dull:  # nearly all of what is called is FX's own
+                return None
+            if key not in known and not learn(frame.f_code).questions:
+                dull.add(key)
+                return None
+            return follow
+
+        return on_call
+
+    def _on_call_with(self, others: Any) -> Callable[[FrameType, str, Any], Any]:
+        """As `_on_call`, with a trace function that was there before, such as a debugger's."""
+        own = self._on_call()
+
+        def on_call(frame: FrameType, event: str, value: Any) -> Any:
+            theirs, ours = others(frame, event, value), own(frame, event, value)
+            if theirs is None or ours is None:
+                return theirs or ours
+
+            def in_forward(frame: FrameType, event: str, value: Any) -> Any:
+                nonlocal theirs
+                ours(frame, event, value)
+                if event != "opcode" and theirs is not None:
+                    theirs = theirs(frame, event, value)
+                return in_forward
+
+            return in_forward
+
+        return on_call
+
+    def _in_forward(self, frame: FrameType, event: str, value: Any) -> Any:
+        known = self._known[id(frame.f_code)]
+        if event == "line":
+            frame.f_trace_opcodes = frame.f_lineno in known.lines
+        elif event == "opcode" and (question := known.questions.get(frame.f_lasti)) is not None:
+            self._asking = (frame, frame.f_lasti)
+            self._on_question(frame, question)
+        return self._in_forward
+
+    def _learn(self, code: CodeType) -> _Known:
+        known = _Known(code, questions(code) if _is_watched(code) else {})
+        self._known[id(code)] = known
+        return known
+
+    def _on_question(self, frame: FrameType, question: Question) -> None:
+        named = [lookup(frame, name) for name in question.names]
+        if question.kind != "training" and not any(map(holds_proxy, named)):
+            return
+        try:
+            self._decide(frame, question)
+        except Exception:  # any that user code raises, which is asked for an attribute, say
+            arguments = (_argument(each) for each in named if isinstance(each, fx.Proxy))
+            argument = next(filter(None, arguments), None)
+            self._add(_line(frame), "it asks what a value is", argument=argument)
+
+    def _decide(self, frame: FrameType, question: Question) -> None:
+        if question.operands is None:
+            raise Unclear
+        values = [evaluate(each, frame, self._tracer.graph) for each in question.operands]
+        texts, line = [spelt(each) for each in question.operands], _line(frame)
+        if question.kind == "training":
+            self._decide_mode(values[0], line)
+        elif question.kind == "is":
+            self._decide_identity(values, texts, line)
+        elif isinstance(values[0], fx.Proxy):
+            if question.kind != "isinstance":
+                raise Unclear
+            self._decide_type(values[0], values[1], texts, line)
+
+    def _decide_mode(self, module: Any, line: str) -> None:
+        if id(module) in self._names:
+            mode, first = module.training, next(iter(self._tracer.graph.nodes), None)
+            is_given = first is not None and first.op == "placeholder"
+            value = self._tracer.proxy(first) if first is not None and is_given else None
+            reason = f"it is in {'training' if mode else 'eval'} mode"
+            self._add(line, reason, lambda text: Mode(text, mode), (value,))
+        elif isinstance(module, fx.Proxy):
+            raise Unclear
+
+    def _decide_identity(self, values: list[Any], texts: list[str], line: str) -> None:
+        proxies = [each for each in values if isinstance(each, fx.Proxy)]
+        if not proxies or values[0] is values[1]:
+            return
+        if len(proxies) == 1:
+            other = values[0] if proxies[0] is values[1] else values[1]
+            if proxies[0].node.op == "get_attr" or self._is_tensor(proxies[0].node):
+                return
+            if not isinstance(other, bool | int | float | str | type | torch.dtype | None):
+                raise Unclear
+        argument = next((name for each in proxies if (name := _argument(each))), None)
+        reason = f"{texts[0]} is not {texts[1]}"
+        if values[1] is None:
+            self._add(line, reason, NotNone, (proxies[0],), argument)
+        else:
+            self._add(line, reason, NotSame, tuple(values), argument)
+
+    def _decide_type(self, value: fx.Proxy, types: Any, texts: list[str], line: str) -> None:
+        many = types if isinstance(types, tuple) else (types,)
+        answer = issubclass(torch.Tensor, types)
+        if not isinstance(value, Proxy) or not all(map(_is_importable, many)):
+            raise Unclear
+        if value.node.op == "get_attr" and issubclass(nn.Parameter, types) is answer:
+            return
+        if self._is_tensor(value.node):
+            return
+        argument = _argument(value)
+        if argument is None:
+            raise Unclear  # what a call gives may be a tuple, as well as a tensor
+        reason = f"{texts[0]} is {'' if answer else 'not '}of type {texts[1]}"
+        self._add(line, reason, lambda text: OfType(text, types, answer), (value,), argument)
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        """Whether a value is sure to be a tensor."""
+        if node.op == "call_module":
+            module = self._model.get_submodule(str(node.target))
+            several = getattr(module, "return_indices", False)
+            several = several or isinstance(module, nn.MultiheadAttention)
+            return is_fresh_module(module) and not several
+        if node.op == "call_function":
+            return is_fresh_function(node.target) and "return_indices" not in node.kwargs
+        return False
+
+    def _add(
+        self,
+        line: str,
+        reason: str,
+        how: Callable[[str], Expectation] | None = None,
+        given: tuple[Any, ...] = (),
+        argument: str | None = None,
+    ) -> None:
+        """Note an assumption once, with a step that checks it if there can be one."""
+        name = next(reversed([path for path, _ in self._tracer.module_stack.values()]), "")
+        kind = type(self._model.get_submodule(name)).__name__
+        nodes = tuple(each.node if isinstance(each, fx.Proxy) else id(each) for each in given)
+        key = (name, line, reason, *nodes)
+        if key in self._found:
+            return
+        check, node, is_mode = None, None, False
+        if how is not None:
+            expectation = how(_message(kind, reason, line))
+            is_mode = isinstance(expectation, Mode)
+            check = fresh_name(f"{name}.expect".lstrip("."), _Taken(self._model, self.expectations))
+            self.expectations[check] = expectation
+            node = self._tracer.create_proxy("call_module", check, given, {}).node
+        assumption = Assumption(name, kind, line, reason, argument, check, is_mode)
+        self._found[key] = assumption, node
+
+
+class _Taken:
+    """The qualified names that a model has, or that checks have."""
+
+    def __init__(self, model: nn.Module, checks: Container[str]) -> None:
+        self._model, self._checks = model, checks
+
+    def __contains__(self, name: object) -> bool:
+        owner, _, attribute = str(name).rpartition(".")
+        return name in self._checks or hasattr(self._model.get_submodule(owner), attribute)
+
+
+def _evaluated(function: Any, argument: str) -> Any:
+    """The annotation of an argument, which is written as a string; None where it can't be told."""
+    try:
+        return inspect.get_annotations(function, eval_str=True).get(argument)
+    except Exception:  # whatever evaluating it raises
+        return None
+
+
+def _message(kind: str, reason: str, line: str) -> str:
+    return (
+        f"this graph of {kind} was traced where {reason}, which the forward asks at\n"
+        f"  {line}\n"
+        "and a graph goes one way only; rewrite(..., into='modules') keeps the forward as it is."
+    )
+
+
+def _argument(value: fx.Proxy) -> str | None:
+    """The argument of the model that a value is, if it is one by itself."""
+    node = value.node
+    is_one = node.op == "placeholder" and not str(node.target).startswith("*")
+    return str(node.target) if is_one else None
+
+
+def _is_importable(kind: Any) -> bool:
+    """Whether a graph that names a type can be pickled."""
+    found = sys.modules.get(getattr(kind, "__module__", ""))
+    return isinstance(kind, type) and getattr(found, kind.__qualname__, None) is kind
+
+
+def _line(frame: FrameType) -> str:
+    code = frame.f_code
+    at = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
+    return f"{at.filename}:{at.lineno}: {at.line}"
+
+
+_TORCH = Path(torch.__file__).parent
+# Torch's own code that may be part of a forward; the rest of it handles values for FX.
+_OF_FORWARDS = tuple(
+    f"{_TORCH}/{name}"
+    for name in ("functional.py", "nn/functional.py", "nn/modules/", "utils/checkp")
+)
+_NOT_WATCHED = (f"{Path(__file__).parent.parent}/", f"{_TORCH}/", "<frozen")
+_PYTHON = f"{sysconfig.get_paths()['stdlib']}/"
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_watched(code: CodeType) -> bool:
+    """Whether a function may belong to a forward."""
+    path = code.co_filename
+    if code is torch.is_tensor.__code__:
+        return True
+    if path.startswith(_OF_FORWARDS):
+        return not path.endswith("nn/modules/module.py")
+    is_python = path.startswith(_PYTHON) and "site-packages" not in path
+    return not is_python and not path.startswith(_NOT_WATCHED)
