@@ -102,7 +102,9 @@ def test_a_part_of_a_leaf_that_is_called_by_itself(whole_first: bool) -> None:
         return y + (m.whole(x) if first is None else first)
 
     model = Forward(forward, whole=Whole(conv(), nn.ReLU()), bn=bn()).double()
-    fused, _ = fxr.rewrite(model, "conv_bn", leaf_modules=[Whole], expect={"conv_bn": 1})
+    fused, _ = fxr.rewrite(
+        model, "conv_bn", into="graph", leaf_modules=[Whole], expect={"conv_bn": 1}
+    )
     assert fused.get_submodule("whole") is model.whole
     assert convolutions(fused) == ["whole.0", "whole_0"]
     assert checks.largest_error(checks.outputs(model, X), checks.outputs(fused, X)) <= 1e-9
