@@ -344,3 +344,7 @@ def test_a_reason_is_the_same_in_each_model() -> None:
     )
     assert general("stem.0 is in training mode") == "it is in training mode"
     assert general("stem.0 may also be called") == "it may also be called"
+    assert general("the constant, of shape (1, 96, 1), varies") == (
+        "the constant, of shape (...), varies"
+    )
+    assert general("they have 728 and 1 groups") == "they have N and M groups"

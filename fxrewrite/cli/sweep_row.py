@@ -22,10 +22,12 @@ Outcome = Literal[
 WELL: tuple[Outcome, ...] = ("same", "left alone")
 
 # In a reason, what is named after one model: `layer1_0_relu (ReLU)`, `the model's input 'x'`, a
-# line of its source, and the module that a sentence begins with.
+# line of its source, a shape, how many groups, and the module that a sentence begins with.
 _DESCRIBED = re.compile(r"\S+ \(([\w.]+(?:\(\))?)\)")
 _OF_THE_MODEL = re.compile(r"(the model's (?:input|attribute)) [^\s,]+")
 _PLACE = re.compile(r", at \S+:\d+: .*")
+_SHAPE = re.compile(r"\((?:\d+, ?)+\d*\)")
+_GROUPS = re.compile(r"\d+ and \d+ (?=groups)")
 _SUBJECT = re.compile(r"^\S+(?= (?:is|carries|holds|has|may) )")
 
 
@@ -106,6 +108,7 @@ def general(reason: str) -> str:
     'the output of a Conv2d is also read by add(), which needs it as it is'
     """
     said = _DESCRIBED.sub(_kind, _PLACE.sub("", reason))
+    said = _GROUPS.sub("N and M ", _SHAPE.sub("(...)", said))
     return " ".join(_SUBJECT.sub("it", _OF_THE_MODEL.sub(r"\1", said)).split())
 
 
