@@ -11,9 +11,10 @@ from torch import fx, nn
 from . import edits
 from .actions import Action, Replace, Split
 from .bystanders import bystanders
+from .calming import calm
 from .deciding import failure, same_action
 from .destination import Destination
-from .effects import Effects
+from .effects import Effects, written_by
 from .grouping import fit, group
 from .guards import Missed
 from .matching import Matcher, calls, reads_one_value
@@ -234,7 +235,7 @@ class Engine:
         made: edits.Made,
         targets: Sequence[str],
     ) -> _Rewritten:
-        notes = tuple(self._notes(site, modules, made))
+        notes = (*self._notes(site, modules, made), *self._calm_readers(site, made))
         for node in site.nodes:
             self._effects.forget(node)
         try:
@@ -251,6 +252,17 @@ class Engine:
         became = " -> " if made.revises else ", "
         new = nodes[:1] if made.parts else nodes
         return _Rewritten(nodes, became.join(map(name_of, new)), notes)
+
+    def _calm_readers(self, site: Site, made: edits.Made) -> list[str]:
+        """Let no reader of siblings write to what will be a part of one tensor."""
+        values = [link.node for link in site.links] if made.parts else []
+        readers = [(user, value) for value in values for user in value.users]
+        notes = []
+        for user in (user for user, value in readers if value in written_by(user, self._view)):
+            calm(user, self._view)
+            self._effects.forget(user)
+            notes.append(f"{name_of(user)} no longer writes in place")
+        return notes
 
     def _notes(
         self, site: Site, modules: tuple[nn.Module | None, ...], made: edits.Made

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .calming import can_be_calmed
 from .effects import base_name, hands_on, is_fresh, written_by
 from .sites import describe
 from .soundness import has_hooks
@@ -33,8 +34,9 @@ def told_apart(value: fx.Node, step: Step, view: GraphView) -> str | None:
     """Why a sibling's value can't be a part of a larger one, or None.
 
     What only computes with the numbers can't tell. What writes in place, returns the value to the
-    caller or asks for its strides can; of what is not known here, that is assumed. What is split
-    already is left so, since it would be split twice.
+    caller or asks for its strides can; of what is not known here, that is assumed. An activation
+    that need not write in place will be calmed. What is split already is left so, since it would be
+    split twice.
 
     Args:
         value: a value that is contiguous, in storage of its own.
@@ -47,6 +49,8 @@ def told_apart(value: fx.Node, step: Step, view: GraphView) -> str | None:
         node, strided = pending.pop()
         for reader in node.users:
             is_view = _name(reader) in _VIEWS
+            if node is value and can_be_calmed(reader, value, view):
+                continue
             if node in written_by(reader, view):
                 return f"{describe(reader, view)} writes in place to {_what(node, value)}"
             if reader.op == "output":

@@ -190,8 +190,8 @@ def test_a_layer_that_is_called_twice_on_one_value_is_there_once():
         ("F.relu(q), k, v.sum()", "its output is returned, and the caller could tell"),
         ("F.relu(q), k.transpose(0, 1), v.sum()", "a view of its output, transpose, is returned"),
         ("F.relu(q), k.contiguous(), v.sum()", "a view of its output, contiguous, is returned"),
-        ("F.relu(q), k.relu_(), v.sum()", "relu_ (.relu_()) writes in place to its output"),
-        ("F.relu(q), F.relu(k, inplace=True), v.sum()", "relu_1 (relu()) writes in place"),
+        ("F.relu(q), k.relu_() + k, v.sum()", "relu_ (.relu_()) writes in place to its output"),
+        ("F.relu(q), k.mul_(2), v.sum()", "mul_ (.mul_()) writes in place to its output"),
         ("F.relu(q), k[0].relu_(), v.sum()", "writes in place to a view of its output, getitem,"),
         ("F.relu(q), k.view(-1), v.sum()", "whether view (.view()) only splits"),
         ("F.relu(q), k.chunk(2, -1)[0] * 2, v.sum()", "its output is split already, by chunk"),
@@ -258,6 +258,41 @@ def test_a_view_may_split_the_last_dimension_only_and_join_others(view, is_fit):
             "may need its output to be contiguous" in left_out(model, example_inputs=x)
             or "view" in view
         )
+
+
+@pytest.mark.parametrize(
+    ("read", "calmed"),
+    [
+        ("F.relu(k, inplace=True)", "torch.nn.functional.relu(getitem_1, inplace = False)"),
+        ("F.relu(k, True)", "torch.nn.functional.relu(getitem_1, inplace = False)"),
+        (
+            "F.leaky_relu(k, 0.2, True)",
+            "leaky_relu(getitem_1, negative_slope = 0.2, inplace = False)",
+        ),
+        ("torch.relu_(k)", "torch.relu(getitem_1)"),
+        ("k.sigmoid_()", "getitem_1.sigmoid()"),
+        ("self.act(k)", "self.act(getitem_1)"),
+        ("self.act(self.act(k) + 1)", "self.act_1(getitem_1)"),
+    ],
+)
+def test_an_activation_that_alone_reads_a_sibling_stops_writing_in_place(read, calmed):
+    """What it writes is seen by nobody else, so it is returned as it was, in new storage."""
+    act = nn.ReLU(inplace=True)
+    model = attention(returned=f"F.relu(q), {read}, v.sum()", act=act)
+    made, report = rewritten(model)
+    assert calmed in made.code
+    assert "no longer writes in place" in report.applied[0].notes[0]
+    assert layout(made(x)) == layout(model(x))
+    assert act.inplace
+
+
+def test_activations_of_an_exported_program_are_calmed_too():
+    model = attention(returned="F.relu(q), F.relu(k, inplace=True), v.sum()")
+    program = torch.export.export(model, (x,))
+    made, _ = fxr.rewrite(program, merge, expect={"merge": 1})
+    assert torch.ops.aten.relu_.default not in {n.target for n in made.graph.nodes}
+    for one, other in zip(made.module()(x), model(x), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # Where the new call stands.
