@@ -6,13 +6,14 @@ asks the destination whether the site may land there.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
 
 from .actions import Action, Bypass, Replace, Revise, Split
 from .effects import Effects, hands_on
+from .reading.flows import Flows
 from .sites import Link, Site, describe, name_of
 from .soundness import written_meanwhile
 from .steps import Call
@@ -47,11 +48,12 @@ class IntoModules:
     the others, so that names, indices and code that mentions them stay valid.
     """
 
-    def __init__(self, view: GraphView, elsewhere: Collection[int] = ()) -> None:
-        """Of a view, and the identities of modules that more than its graph calls."""
+    def __init__(self, view: GraphView, flows: Flows) -> None:
+        """Of a view, and what the code of the whole model may do with its modules."""
         self._view = view
-        self._elsewhere = elsewhere
+        self._flows = flows
         self._before = self._called()
+        self._gone: set[int] = set()
 
     def refusal(
         self, site: Site, action: Action, slot: Link | None, effects: Effects
@@ -86,14 +88,31 @@ class IntoModules:
                     f"{name} is used elsewhere too, and one module can't be both what it was and "
                     f"what it becomes; {_ELSEWHERE}"
                 )
-            if id(module) in self._elsewhere:
-                return (
-                    f"{name} may also be called by code that could not be traced, or by another "
-                    "part of the model, so it has to stay what it is"
-                )
         if isinstance(action, Replace) and slot is not None:
-            return written_meanwhile(site, slot.node, view, effects)
-        return None
+            reason = written_meanwhile(site, slot.node, view, effects)
+            if reason is not None:
+                return reason
+        return self._parted(site, changed, action, slot)
+
+    def _parted(
+        self, site: Site, changed: Sequence[Link], action: Action, slot: Link | None
+    ) -> str | None:
+        """Why the model's code, on some way that was not traced, needs a module as it is."""
+        gone = [link for link in changed if _is_gone(link, action, slot)]
+        stays = [link.node for link in site.links if link not in gone]
+        reason = self._flows.refusal(
+            [self._original(link) for link in site.links if not _is_idle(link)],
+            [self._original(link) for link in changed if not self._stays(link, action)],
+            self._gone,
+            late=any(link.node < node for link in gone for node in stays),
+            once=bool(site.pattern.values) and "val" in site.input.meta,
+        )
+        if reason is None:
+            self._gone |= {id(self._original(link)) for link in gone}
+        return reason
+
+    def _original(self, link: Link) -> nn.Module:
+        return self._view.modules[name_of(link.node)]
 
     def replaced(self) -> dict[int, nn.Module]:
         """What stands in the place of each of the model's modules that changed, by identity."""
@@ -114,3 +133,15 @@ class IntoModules:
     def _called(self) -> dict[str, None]:
         calls = (node for node in self._view.graph.nodes if node.op == "call_module")
         return dict.fromkeys(str(node.target) for node in calls)
+
+
+def _is_idle(link: Link) -> bool:
+    """Whether a link is no module, or one that does nothing where it is."""
+    return link.module is None or hands_on(link.module)
+
+
+def _is_gone(link: Link, action: Action, slot: Link | None) -> bool:
+    """Whether nothing but an identity is left where a link was."""
+    if isinstance(action, Revise):
+        return action.steps[link.step.name] is None
+    return link is not slot

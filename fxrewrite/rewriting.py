@@ -14,11 +14,11 @@ from .applying import apply, apply_to_parts
 from .copying import copied
 from .destination import IntoGraph, IntoModules
 from .dialects.exported import Program
+from .reading.flows import Flows
 from .replaying import Script
 from .report import Report
 from .result import graph_module
 from .ruleset import RuleSet
-from .tracing.elsewhere import used_elsewhere
 from .tracing.optional import attempt_as_graph
 from .tracing.partial import Parts
 from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
@@ -66,8 +66,8 @@ class Rewriter:
                 applied = apply(views[0], self.rule_sets, IntoGraph(), script)
                 made: nn.Module = graph_module(views[0])
             else:
-                elsewhere = used_elsewhere(model, parts.parts, parts.stops)
-                trees = {view: IntoModules(view, elsewhere) for view in views}
+                flows = Flows(model, parts.keeps_whole)
+                trees = {view: IntoModules(view, flows) for view in views}
                 stops = tuple(parts.stops.values())
                 applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
                 replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}

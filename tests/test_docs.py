@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import linecache
 import pkgutil
 import re
 import runpy
@@ -60,12 +61,24 @@ def test_page(page: Path) -> None:
     """The code blocks of a page run from top to bottom and print what the page shows."""
     text = page.read_text()
     namespace: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
+    show_code(text, page)
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
         if block[1].startswith(">>> "):
             check_session(block[1], namespace, page, line)
         else:
             check_code(block[1], namespace, page, line)
+
+
+def show_code(text: str, page: Path) -> None:
+    """Let the source of functions on a page be read, as that of a file is."""
+    lines = ["\n"] * (text.count("\n") + 1)
+    for block in BLOCK.finditer(text):
+        if not block[1].startswith(">>> "):
+            line = text.count("\n", 0, block.start(1))
+            code = block[1].splitlines(keepends=True)
+            lines[line : line + len(code)] = code
+    linecache.cache[str(page)] = (len(text), None, lines, str(page))
 
 
 def check_session(source: str, namespace: dict[str, Any], page: Path, line: int) -> None:

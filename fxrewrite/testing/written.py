@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from fxrewrite.soundness import has_hooks
 
+_count = itertools.count()
 _NAMESPACE = {"torch": torch, "nn": nn, "F": F, "operator": operator}
 
 
@@ -63,13 +66,21 @@ def written(
     body = "".join(f"    {line}\n" for line in lines)
     code = f"def forward(self, {inputs}):\n{body}"
     namespace = {**_NAMESPACE, **(functions or {})}
-    exec(compile("\n".join([*wrapped, code]), "<written>", "exec"), namespace)
+    compiled(code, namespace, wrapped)
     made: nn.Module = type(
         "Model", (Written,), {"forward": namespace["forward"], "code": code.rstrip()}
     )()
     for name, member in members.items():
         put(made, name, member)
     return made.eval()
+
+
+def compiled(code: str, namespace: dict[str, Any], before: Sequence[str] = ()) -> None:
+    """Run lines of code in a namespace, such that the source of its functions can be read."""
+    filename = f"<written {next(_count)}>"
+    text = "\n".join([*before, code])
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), namespace)
 
 
 def put(root: nn.Module, name: str, member: Any) -> None:

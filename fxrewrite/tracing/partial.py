@@ -62,7 +62,12 @@ class Parts:
         names = {each for each in self._leaves if isinstance(each, str)}
         self._keeps_whole = keeps_whole(tracer or fx.Tracer, types, names)
         self._roots = {id(model)}
+        self._names = {id(each): name for name, each in model.named_modules()}
         self._add("", whole)
+
+    def keeps_whole(self, module: nn.Module) -> bool:
+        """Whether tracing keeps a module of the model as one node, whatever hooks it carries."""
+        return self._keeps_whole(module, self._names[id(module)])
 
     def _add(self, name: str, traced: Traced) -> None:
         """Add what tracing a submodule gave, and go on where it stopped."""

@@ -1,0 +1,287 @@
+"""Read a call: of a function, by reading its body; of a module, by noting it or its forward."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..effects import hands_on
+from . import builtin, objects
+from .reader import Reader, UnreadableError, is_of_library
+from .sources import source_of
+from .values import (
+    UNKNOWN,
+    Atom,
+    Env,
+    Items,
+    Keywords,
+    Known,
+    Value,
+    constants,
+    joined,
+    known,
+    names_of,
+)
+
+if TYPE_CHECKING:
+    from .expressions import Expressions
+
+_MOST_DEEP = 40
+_CALL_IMPLS = tuple(
+    getattr(nn.Module, name)
+    for name in ("__call__", "_call_impl", "_wrapped_call_impl")
+    if hasattr(nn.Module, name)
+)
+
+
+@attrs.frozen
+class Arguments:
+    """What a call is given; `exact` is false where nobody can say to which parameter it goes."""
+
+    positional: tuple[Value, ...] = ()
+    keywords: dict[str, Value] = attrs.field(factory=dict)
+    exact: bool = True
+
+    @classmethod
+    def of(cls, node: ast.Call, at: Expressions) -> Arguments:
+        """The arguments of a call as it is written."""
+        positional: list[Value] = []
+        keywords: dict[str, Value] = {}
+        exact = True
+        for each in node.args:
+            if not isinstance(each, ast.Starred):
+                positional.append(at.value(each))
+                continue
+            found = objects.iterate(at.value(each.value), at, each)
+            exact &= isinstance(found, list)
+            positional += found if isinstance(found, list) else [found]
+        for keyword in node.keywords:
+            value = at.value(keyword.value)
+            if keyword.arg is not None:
+                keywords[keyword.arg] = value
+                continue
+            (atom,) = value if len(value) == 1 else (None,)
+            if isinstance(atom, Keywords):
+                keywords |= dict(atom.items)
+            elif isinstance(atom, Known) and isinstance(atom.value, dict):
+                keywords |= {str(key): known(each) for key, each in atom.value.items()}
+            else:
+                exact = False
+                at.reader.consume(value, at.at(node))
+        return cls(tuple(positional), keywords, exact)
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """All that is given."""
+        return (*self.positional, *self.keywords.values())
+
+    def after(self, first: Value) -> Arguments:
+        """The same with another argument before them."""
+        return attrs.evolve(self, positional=(first, *self.positional))
+
+    def without(self, count: int) -> Arguments:
+        """The same without the first ones."""
+        return attrs.evolve(self, positional=self.positional[count:])
+
+
+def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Value:
+    """What a call may give; the modules that it calls are noted."""
+    if not isinstance(callee, Known):
+        at.reader.consume(frozenset({callee}), at.at(node))
+        return opaque(None, given, at, node)
+    function = callee.value
+    if isinstance(function, nn.Module):
+        return _module(function, given, at, node)
+    if isinstance(function, functools.partial):
+        bound = Arguments(
+            (*map(known, function.args), *given.positional),
+            {**{k: known(v) for k, v in function.keywords.items()}, **given.keywords},
+            given.exact,
+        )
+        return call(Known(function.func), bound, at, node)
+    if isinstance(function, types.MethodType):
+        return _method(function, given, at, node)
+    if isinstance(function, types.FunctionType):
+        return _function(function, given, at, node)
+    if (found := builtin.call(function, given, at, node)) is not None:
+        return found
+    own = inspect.getattr_static(type(function), "__call__", None)
+    if isinstance(own, types.FunctionType) and not isinstance(function, type):
+        return _function(own, given.after(known(function)), at, node)
+    return opaque(function, given, at, node)
+
+
+def opaque(
+    function: Any, given: Arguments, at: Expressions, node: ast.AST, where: str = ""
+) -> Value:
+    """The value of a call that is not read: it may do anything with what it can get at."""
+    where = where or at.at(node)
+    for value in given.values:
+        at.reader.consume(value, where)
+    if function is not None:
+        at.reader.escape(function, where)
+    return UNKNOWN
+
+
+def _method(method: types.MethodType, given: Arguments, at: Expressions, node: ast.AST) -> Value:
+    function, owner = method.__func__, method.__self__
+    if isinstance(owner, nn.Module) and function in _CALL_IMPLS:
+        return _forward(owner, given, at, node)
+    if (found := builtin.method(owner, method.__name__, given, at)) is not None:
+        return found
+    if isinstance(function, types.FunctionType):
+        return _function(function, given.after(known(owner)), at, node)
+    return call(Known(function), given.after(known(owner)), at, node)
+
+
+def _function(
+    function: types.FunctionType, given: Arguments, at: Expressions, node: ast.AST
+) -> Value:
+    """Read a function's body on what it is given."""
+    if function is checkpoint and given.positional:
+        return joined(*[call(atom, given.without(1), at, node) for atom in given.positional[0]])
+    wrapped = getattr(function, "__wrapped__", None)
+    if function is not nn.Sequential.forward and is_of_library(function):
+        if isinstance(wrapped, types.FunctionType):
+            return _function(wrapped, given, at, node)
+        return opaque(function, given, at, node)
+    env = _bound(function, given)
+    owner = constants(given.positional[:1])
+    entry = function.__code__, id(owner[0]) if owner else 0
+    functions = at.reader.functions
+    if env is None or functions.count(entry) > 1 or len(functions) > _MOST_DEEP:
+        return opaque(function, given, at, node)
+    with at.reader.under(functions, entry):
+        return read(function, env, at.reader, lambda why: opaque(function, given, at, node, why))
+
+
+def read(
+    function: types.FunctionType,
+    env: Env,
+    reader: Reader,
+    otherwise: Callable[[str], Value],
+    *,
+    is_root: bool = False,
+) -> Value:
+    """What a function may return, given its arguments by name; `otherwise` if it can't be read."""
+    from .statements import Frame
+
+    source = reader.once(("source", function.__code__), lambda: source_of(function.__code__))
+    if source is None:
+        code = function.__code__
+        return otherwise(f"{code.co_name} ({code.co_filename}), whose source can't be read")
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def names(name: str) -> Any:
+        if name in cells:
+            try:
+                return cells[name].cell_contents
+            except ValueError:
+                return objects.MISSING
+        return function.__globals__.get(name, objects.MISSING)
+
+    frame = Frame(reader, source, names, is_root=is_root)
+    stacks = reader.stacks()
+    try:
+        return frame.run(env)
+    except (UnreadableError, RecursionError) as error:
+        reader.give_up(stacks, str(error))
+        return otherwise(str(error))
+
+
+def _bound(function: types.FunctionType, given: Arguments) -> Env | None:
+    """The parameters with what they get; None where the call would raise."""
+    code = function.__code__
+    count = code.co_argcount
+    names = code.co_varnames[: count + code.co_kwonlyargcount]
+    env: Env = dict.fromkeys(names, UNKNOWN)
+    more = list(code.co_varnames[len(names) :])
+    takes_rest, takes_names = code.co_flags & 0x04, code.co_flags & 0x08
+    if not given.exact:
+        every = joined(UNKNOWN, *given.values)
+        rest = [more.pop(0)] if takes_rest else []
+        env |= dict.fromkeys([*names, *rest, *(more[:1] if takes_names else [])], every)
+        return env
+    defaults = dict(zip(names[:count][::-1], (function.__defaults__ or ())[::-1], strict=False))
+    defaults |= function.__kwdefaults__ or {}
+    if len(given.positional) > count and not takes_rest:
+        return None
+    bound = dict(zip(names[:count], given.positional, strict=False))
+    others = {}
+    for name, value in given.keywords.items():
+        if name in names and name not in bound:
+            bound[name] = value
+        elif takes_names:
+            others[name] = value
+        else:
+            return None
+    for name in names:
+        if name not in bound:
+            if name not in defaults:
+                return None
+            bound[name] = known(defaults[name])
+    if takes_rest:
+        bound[more.pop(0)] = frozenset({Items(given.positional[count:])})
+    if takes_names:
+        bound[more.pop(0)] = names_of(others)
+    return bound
+
+
+def _module(module: nn.Module, given: Arguments, at: Expressions, node: ast.AST) -> Value:
+    """Read the call of a module, with its hooks."""
+    state = module.__dict__
+    for each in state["_forward_pre_hooks"].values():
+        if read_hook(each, module, at, node):
+            for value in given.values:
+                at.reader.consume(value, at.at(node))
+            unknown = tuple(UNKNOWN for _ in given.positional)
+            given = Arguments(unknown, dict.fromkeys(given.keywords, UNKNOWN), given.exact)
+    kind: Any = type(module)
+    if isinstance(kind.__call__, types.FunctionType) and not is_of_library(kind.__call__):
+        result = _function(kind.__call__, given.after(known(module)), at, node)
+    else:
+        result = _forward(module, given, at, node)
+    for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for each in state[name].values():
+            if read_hook(each, module, at, node) and name == "_forward_hooks":
+                at.reader.consume(result, at.at(node))
+                result = UNKNOWN
+    return result
+
+
+def read_hook(hook: Any, module: nn.Module, at: Expressions, node: ast.AST) -> bool:
+    """Read a hook; false where it is one of torch's own, which keep to the module."""
+    function = hook.__func__ if isinstance(hook, types.MethodType) else hook
+    if is_of_library(function if hasattr(function, "__code__") else type(function)):
+        return False
+    count = getattr(getattr(function, "__code__", None), "co_argcount", 3) - (function is not hook)
+    given = Arguments((known(module), *[UNKNOWN] * (count - 1)))
+    with at.reader.under(at.reader.path, id(hook)):
+        at.reader.consume(call(Known(hook), given, at, node), at.at(node))
+    return True
+
+
+def _forward(module: nn.Module, given: Arguments, at: Expressions, node: ast.AST) -> Value:
+    reader = at.reader
+    kind: Any = type(module)
+    if id(module) in reader.modules and reader.is_leaf(module):
+        for inner in module.modules():
+            if inner is not module:
+                reader.touch(inner, at.at(node))
+        if hands_on(module) and not module.training and len(given.values) == 1:
+            return given.values[0]
+        return frozenset({reader.call(module, node, given.values, at.at(node))})
+    own = module.__dict__.get("forward")
+    if own is not None:
+        return call(Known(own), given, at, node)
+    if isinstance(kind.forward, types.FunctionType) and "_orig_mod" not in module._modules:
+        return _function(kind.forward, given.after(known(module)), at, node)
+    return opaque(module, given, at, node)

@@ -1,0 +1,172 @@
+"""Whether code of a model may part the calls of a chain, on some way that it may go."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import types
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from . import calls, objects
+from .expressions import Expressions
+from .reader import Reader, is_of_library
+from .sources import Source
+from .values import UNKNOWN, Call, Known, Output, Value, known
+
+_NOWHERE = ast.Pass()
+
+
+class Flows:
+    """Who calls the modules of a model on what, on every way that the model's forward may go.
+
+    Nothing runs. Both sides of a condition are read, unless what it asks is settled by attributes
+    that no code of the forward sets; `training` never is. Code that can't be followed is taken to
+    do anything with what it can get at.
+
+    Args:
+        model: the model, in whose forward reading begins.
+        is_leaf: whether a module is called as a whole, and its forward not read.
+    """
+
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
+        reader = _read(model, is_leaf, set())
+        self._escaped = reader.escaped
+        self._calls: dict[int, list[Call]] = {}
+        for call in reader.calls.values():
+            self._calls.setdefault(id(call.module), []).append(call)
+
+    def refusal(
+        self,
+        chain: Sequence[nn.Module],
+        changed: Collection[nn.Module],
+        gone: Collection[int],
+        *,
+        late: bool,
+        once: bool,
+    ) -> str | None:
+        """Why these modules can't be changed as if each were called on what the last one gave.
+
+        Args:
+            chain: the modules of a chain, in the order of its calls.
+            changed: those of them that are to become others.
+            gone: the identities of modules that hand on what they are given by now.
+            late: whether what the first one reads would be read only where the last one is called.
+            once: whether what was decided holds for the call that was traced only.
+        """
+        for module in changed:
+            where = self._escaped.get(id(module))
+            if where is not None:
+                return f"{self._name(module)} may also be used by {where}"
+            if once and len(self._calls.get(id(module), ())) != 1:
+                return f"{self._name(module)} may be called more than once"
+        for first, second in itertools.pairwise(chain):
+            reason = self._parted(first, second, gone, late=late)
+            if reason is not None:
+                return reason
+        return None
+
+    def _parted(
+        self, first: nn.Module, second: nn.Module, gone: Collection[int], *, late: bool
+    ) -> str | None:
+        paired: set[Call] = set()
+        for call in self._calls.get(id(second), ()):
+            reader, found = call, None
+            while found is None:
+                made = self._made(reader, late=late)
+                if isinstance(made, str):
+                    return made
+                if made.module is first:
+                    found = made
+                elif id(made.module) not in gone:
+                    return (
+                        f"{self._name(second)} may also read what {self._name(made.module)} gives, "
+                        f"at {call.where}"
+                    )
+                reader = made
+            paired.add(found)
+        for call in self._calls.get(id(first), ()):
+            if call not in paired and call.readers:
+                return self._read_elsewhere(call)
+        return None
+
+    def _made(self, reader: Call, *, late: bool) -> Call | str:
+        """The one call that made what another call reads, and is read by no other; or why not."""
+        name = self._name(reader.module)
+        if reader.guarded:
+            return f"an error of {name} may be caught, by {reader.guarded}"
+        made = next(iter(reader.inputs)) if len(reader.inputs) == 1 else None
+        if not isinstance(made, Output):
+            return f"{name} may also be called on something else, at {reader.where}"
+        if set(made.call.readers) != {reader}:
+            return self._read_elsewhere(made.call, but=reader)
+        before = self._name(made.call.module)
+        if made.call.guarded:
+            return f"an error of {before} may be caught, by {made.call.guarded}"
+        if made.call.loops != reader.loops:
+            return f"{name} may be called more often than {before}, at {reader.where}"
+        if late and reader.late:
+            return f"something may happen between {before} and {name}, at {reader.where}"
+        return made.call
+
+    def _read_elsewhere(self, call: Call, but: Call | None = None) -> str:
+        where = next(at for each, at in call.readers.items() if each is None or each is not but)
+        return f"what {self._name(call.module)} gives may also go elsewhere, by {where}"
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names[id(module)]
+
+
+class _Outside(Expressions):
+    """Where a model is called from."""
+
+    def __init__(self, reader: Reader) -> None:
+        definition = ast.parse("lambda: None", mode="eval").body
+        assert isinstance(definition, ast.Lambda)
+        super().__init__(reader, Source(definition, "", ""), lambda name: objects.MISSING)
+
+    def at(self, node: ast.AST) -> str:
+        """In words."""
+        return "whoever calls the model"
+
+
+def _read(
+    model: nn.Module, is_leaf: Callable[[nn.Module], bool], changing: set[tuple[int, str | None]]
+) -> Reader:
+    """Read a model's code; once more where it sets attributes, which then may be anything."""
+    while True:
+        reader = Reader(model, is_leaf)
+        reader.changing |= changing
+        _read_once(model, reader)
+        if reader.changing == changing:
+            return reader
+        changing = set(reader.changing)
+
+
+def _read_once(model: nn.Module, reader: Reader) -> None:
+    outside = _Outside(reader)
+    kind: Any = type(model)
+    forward = model.__dict__.get("forward", kind.forward)
+    plain = isinstance(forward, types.FunctionType) and is_of_library(kind.__call__)
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for hook in model.__dict__[name].values():
+            calls.read_hook(hook, model, outside, _NOWHERE)
+    if not plain:
+        returned = calls.call(Known(model), calls.Arguments(exact=False), outside, _NOWHERE)
+        reader.consume(returned, outside.at(_NOWHERE))
+        return
+    code = forward.__code__
+    given = (known(model),) if "forward" not in model.__dict__ else ()
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
+    env: dict[str, Value] = dict.fromkeys(code.co_varnames[:count], UNKNOWN)
+    env |= dict(zip(code.co_varnames, given, strict=False))
+
+    def otherwise(why: str) -> Value:
+        reader.escape(model, why)
+        return UNKNOWN
+
+    calls.read(forward, env, reader, otherwise, is_root=True)

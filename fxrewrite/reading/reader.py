@@ -1,0 +1,219 @@
+"""What is found while a model's code is read: calls, what becomes of values, what escapes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .values import PLAIN, Call, Items, Keywords, Known, Many, Output, Value
+
+# How many statements and expressions may be read; a model that takes more is not read to its end.
+_MOST_STEPS = 3_000_000
+
+
+class UnreadableError(Exception):
+    """Code that can't be followed; whatever it can get at may be used in any way."""
+
+
+class Reader:
+    """The state of reading a model's code: where it is, and what was found so far.
+
+    `calls` has each call of a module that is a leaf, by the way that leads there; `escaped` has, by
+    identity, where a module may be used otherwise than by a call that was read.
+    """
+
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        self.is_leaf = is_leaf
+        self.modules = {id(each): each for each in model.modules()}
+        self.calls: dict[Any, Call] = {}
+        self.escaped: dict[int, str] = {}
+        # Attributes that code of the forward sets, and containers that it changes.
+        self.changing: set[tuple[int, str | None]] = set()
+        self.path: list[Any] = []
+        self.loops: list[int] = []
+        self.guards: list[str] = []
+        self.conditions: list[str] = []
+        self.functions: list[tuple[types.CodeType, int]] = []
+        self.clock = 0
+        self._steps = 0
+        self._kept: dict[Any, Any] = {}
+        self._reached: dict[int, tuple[Any, tuple[nn.Module, ...]]] = {}
+
+    def step(self) -> None:
+        """Count one more statement or expression."""
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise UnreadableError("it is too long")
+
+    def call(self, module: nn.Module, node: Any, given: Iterable[Value], where: str) -> Output:
+        """Note that a leaf may be called on these values; gives what it returns."""
+        key = (id(module), *self.path, id(node))
+        if key not in self.calls:
+            self.calls[key] = Call(module, where, tuple(self.loops))
+        call = self.calls[key]
+        call.guarded = call.guarded or (self.guards[-1] if self.guards else "")
+        for value in given:
+            for atom in value:
+                call.inputs.add(atom)
+                if isinstance(atom, Output):
+                    atom.call.readers.setdefault(call, where)
+                    call.late |= atom.call.time != self.clock
+                else:
+                    self.consume(frozenset({atom}), where)
+        self.clock += 1
+        call.time = self.clock
+        return Output(call)
+
+    def consume(self, value: Value, where: str) -> None:
+        """Note that something which was not read may do anything with a value."""
+        for atom in value:
+            if isinstance(atom, Output):
+                self.clock += 1
+                atom.call.readers.setdefault(None, self._under(where))
+            elif isinstance(atom, Known):
+                self.escape(atom.value, where)
+            elif isinstance(atom, Items):
+                for each in atom.items:
+                    self.consume(each, where)
+            elif isinstance(atom, Keywords):
+                for _, each in atom.items:
+                    self.consume(each, where)
+            elif isinstance(atom, Many):
+                self.consume(atom.item, where)
+            else:
+                self.clock += 1
+
+    def escape(self, obj: Any, where: str) -> None:
+        """Note that the modules which an object leads to may be used in any way."""
+        if isinstance(obj, PLAIN):
+            return
+        self.clock += 1
+        for module in self.reach(obj):
+            self.touch(module, where)
+
+    def touch(self, module: nn.Module, where: str) -> None:
+        """Note that a module is looked at, or used otherwise than by a call that is read."""
+        self.escaped.setdefault(id(module), self._under(where))
+
+    def change(self, obj: Any, name: str | None) -> None:
+        """Note that code of the forward sets an attribute, or, without a name, changes items."""
+        self._kept[id(obj)] = obj
+        self.changing.add((id(obj), name))
+
+    def is_changing(self, obj: Any, name: str | None) -> bool:
+        """Whether code of the forward may set an attribute or change what a container holds."""
+        return (id(obj), name) in self.changing
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """An object that is made once for all the times that it is asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def reach(self, obj: Any) -> tuple[nn.Module, ...]:
+        """The modules of the model that an object is, holds or closes over."""
+        if isinstance(obj, (*PLAIN, torch.Tensor, types.ModuleType)):
+            return ()
+        if id(obj) not in self._reached:
+            found = tuple(self._walk(obj))
+            self._reached[id(obj)] = (obj, found)
+        return self._reached[id(obj)][1]
+
+    def _walk(self, root: Any) -> Iterator[nn.Module]:
+        seen: dict[int, Any] = {}
+        pending = [root]
+        while pending:
+            obj = pending.pop()
+            if isinstance(obj, PLAIN) or id(obj) in seen:
+                continue
+            seen[id(obj)] = obj
+            if id(obj) in self.modules:
+                yield obj
+            pending += _held(obj)
+
+    def stacks(self) -> tuple[list[Any], ...]:
+        """A copy of the stacks that say where reading is."""
+        return self.path[:], self.loops[:], self.guards[:], self.conditions[:], self.functions[:]
+
+    def give_up(self, stacks: tuple[list[Any], ...], where: str) -> None:
+        """Leave a function that can't be followed: what was called in it may be used in any way."""
+        self.path[:], self.loops[:], self.guards[:], self.conditions[:], self.functions[:] = stacks
+        prefix = tuple(self.path)
+        for key, call in self.calls.items():
+            if key[1 : len(prefix) + 1] == prefix:
+                self.touch(call.module, where)
+                call.readers.setdefault(None, where)
+
+    @contextlib.contextmanager
+    def under(self, stack: list[Any], entry: Any) -> Iterator[None]:
+        """Keep an entry on one of the stacks meanwhile."""
+        stack.append(entry)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    def _under(self, where: str) -> str:
+        return f"{where}, under `{self.conditions[-1]}`" if self.conditions else where
+
+
+def is_of_library(function: Any) -> bool:
+    """Whether a function comes with torch or Python, and so knows nothing of the model."""
+    if isinstance(function, types.FunctionType):  # whose `__module__` a decorator may have set
+        return _is_library(function.__globals__.get("__name__") or "somebody's")
+    return _is_library(getattr(function, "__module__", None) or "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top in ("torch", "numpy", "math", "builtins", "") or top in sys.stdlib_module_names
+
+
+def _held(obj: Any) -> list[Any]:
+    """What an object holds in such a way that code which has the object can get at it."""
+    if isinstance(obj, torch.Tensor | type | types.ModuleType):
+        return []
+    if isinstance(obj, dict):
+        return list(obj.values())
+    if isinstance(obj, list | tuple | set | frozenset):
+        return list(obj)
+    if isinstance(obj, types.MethodType):
+        return [obj.__self__, obj.__func__]
+    if isinstance(obj, weakref.ReferenceType):
+        return [obj()]
+    if isinstance(obj, types.FunctionType):
+        cells = [each.cell_contents for each in obj.__closure__ or () if _is_set(each)]
+        held = [*cells, *(obj.__defaults__ or ()), *(obj.__kwdefaults__ or {}).values()]
+        if not is_of_library(obj):
+            mentioned = (obj.__globals__.get(name) for name in obj.__code__.co_names)
+            held += [e for e in mentioned if isinstance(e, nn.Module | types.FunctionType)]
+        return held
+    if isinstance(obj, types.BuiltinMethodType):
+        return [obj.__self__]
+    if isinstance(obj, functools.partial):
+        return [obj.func, obj.args, obj.keywords]
+    if isinstance(obj, super):
+        return [obj.__self__]  # type: ignore[attr-defined]
+    held = list(getattr(obj, "__dict__", {}).values())
+    for cls in type(obj).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            held.append(getattr(obj, slot, None))
+    return held
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""What an expression of a forward may be: a set of atoms, one for each way to get there."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import attrs
+import torch
+from torch import nn
+
+# What is alike wherever it comes from, and holds no module.
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type(...),
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.Size,
+)
+# More plain values than this in one place say no more than that anything may stand there.
+_MOST_PLAIN = 8
+
+
+class Known:
+    """An object that is there before the forward runs, and is the same in each run."""
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._key = _key(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"Known({self.value!r:.40})"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a number, a text or the like."""
+        return isinstance(self.value, PLAIN)
+
+
+@attrs.frozen
+class Output:
+    """What a call of a module gives."""
+
+    call: Call
+
+
+@attrs.frozen
+class Items:
+    """A tuple, each item a value by itself."""
+
+    items: tuple[Value, ...]
+
+
+@attrs.frozen
+class Many:
+    """Something to iterate over, nobody knows how long; each item is this value."""
+
+    item: Value
+
+
+@attrs.frozen
+class Keywords:
+    """The keyword arguments that a function takes all together."""
+
+    items: tuple[tuple[str, Value], ...]
+
+
+class _Single:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+ANYTHING, UNBOUND = _Single("ANYTHING"), _Single("UNBOUND")
+Atom: TypeAlias = "Known | Output | Items | Many | Keywords | _Single"
+Value: TypeAlias = "frozenset[Atom]"
+Env: TypeAlias = "dict[str, Value]"
+
+UNKNOWN: Value = frozenset({ANYTHING})
+
+
+@attrs.define(eq=False)
+class Call:
+    """One place where a module is called, on one way through all functions that lead there.
+
+    `inputs` is what it may be called on, `readers` is who may read what it gives, with where: a
+    further call, or None for anything else. `loops` are those around it that run nobody knows how
+    often. `guarded` is where an error that it raises may be caught. `late` is whether anything may
+    have happened since what it is called on was made.
+    """
+
+    module: nn.Module
+    where: str
+    loops: tuple[int, ...]
+    inputs: set[Atom] = attrs.field(factory=set)
+    readers: dict[Call | None, str] = attrs.field(factory=dict)
+    guarded: str = ""
+    late: bool = False
+    time: int = 0
+
+
+def known(value: Any) -> Value:
+    """The value that is this object for sure."""
+    return frozenset({Known(value)})
+
+
+def joined(*values: Value) -> Value:
+    """What may be any of these values."""
+    found = frozenset().union(*values)
+    if len(found) > _MOST_PLAIN:
+        plain = {each for each in found if isinstance(each, Known) and each.is_plain}
+        if len(plain) > _MOST_PLAIN:
+            return (found - plain) | UNKNOWN
+    return found
+
+
+def joined_envs(envs: Iterable[Env | None]) -> Env | None:
+    """The variables where several ways meet; None where no way leads there."""
+    reached = [env for env in envs if env is not None]
+    if len(reached) < 2:
+        return dict(reached[0]) if reached else None
+    missing = frozenset({UNBOUND})
+    names = dict.fromkeys(name for env in reached for name in env)
+    return {name: joined(*(env.get(name, missing) for env in reached)) for name in names}
+
+
+def constants(values: Iterable[Value]) -> list[Any] | None:
+    """The objects that these values are, if each is one object for sure; else None."""
+    found = []
+    for value in values:
+        atom = next(iter(value)) if len(value) == 1 else None
+        if isinstance(atom, Known):
+            found.append(atom.value)
+        elif isinstance(atom, Items):
+            inner = constants(atom.items)
+            if inner is None:
+                return None
+            found.append(tuple(inner))
+        else:
+            return None
+    return found
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, PLAIN):
+        return type(value), value if value == value else id(value)
+    if type(value) is tuple:
+        return (tuple, *map(_key, value))
+    if isinstance(value, slice):
+        return slice, _key(value.start), _key(value.stop), _key(value.step)
+    if isinstance(value, types.MethodType):
+        return types.MethodType, id(value.__func__), id(value.__self__)
+    if isinstance(value, types.BuiltinMethodType) and not isinstance(
+        value.__self__, types.ModuleType | type(None)
+    ):
+        return value.__name__, _key(value.__self__)
+    return id(value)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an object is plain, or a tuple or slice of what is plain."""
+    if type(value) is tuple:
+        return all(map(is_plain, value))
+    if isinstance(value, slice):
+        return is_plain((value.start, value.stop, value.step))
+    return isinstance(value, PLAIN)
+
+
+def names_of(mapping: Mapping[str, Value]) -> Value:
+    """Keyword arguments as one value."""
+    return frozenset({Keywords(tuple(mapping.items()))})

@@ -1,0 +1,294 @@
+"""Ways through a forward that the trace did not take stay right in a module tree."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import Any
+
+import nets
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from nets import X, bn, conv
+from torch import nn
+
+import fxrewrite as fxr
+from fxrewrite.testing.written import compiled
+
+# What a forward is called with: all of it is let loose on the model and on the rewritten one.
+BATCHES = (X, X[:1])
+WAYS = [
+    {"flag": flag, "n": n, "mask": mask}
+    for flag, n, mask in itertools.product([False, True], [1, 2], [None, 0.5])
+]
+
+
+class Part(nn.Module):
+    """A convolution and a batch norm, under names and in a list, whose code is written later."""
+
+    def __init__(self, code: str, **members: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv(), bn(), nn.ReLU()
+        self.layers = nn.ModuleList([conv(), bn()])
+        self.seq = nn.Sequential(conv(), bn())
+        self.both = [self.conv, self.bn]
+        self.fixed, self.absent = True, None
+        for name, member in members.items():
+            setattr(self, name, member)
+        self.code = code
+
+    def extra_repr(self) -> str:
+        return self.code
+
+
+def made_of(code: str, **members: Any) -> Any:
+    """A model whose methods are the functions of this code."""
+    namespace: dict[str, Any] = {"torch": torch, "nn": nn}
+    compiled(code, namespace)
+    methods = {k: v for k, v in namespace.items() if isinstance(v, types.FunctionType)}
+    kind: Any = type("Written", (Part,), methods)
+    return nets.randomise(kind(code, **members)).double().eval()
+
+
+def forward(body: str, more: str = "") -> str:
+    lines = "".join(f"    {line}\n" for line in body.strip("\n").splitlines())
+    return f"def forward(self, x, flag=False, n=1, mask=None):\n{lines}{more}"
+
+
+def outcome(model: nn.Module, x: torch.Tensor, way: dict[str, Any]) -> Any:
+    """What the model gives or raises."""
+    try:
+        with torch.no_grad():
+            return model(x.clone(), **way)
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(model: nn.Module, made: nn.Module) -> None:
+    """The two agree on every way that there is."""
+    for x, way, training in itertools.product(BATCHES, WAYS, [False, True]):
+        model.training = made.training = training  # of the model alone, not of its parts
+        expected, found = outcome(model, x, way), outcome(made, x, way)
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        else:
+            assert found == expected, way
+    model.training = made.training = False
+
+
+def rewritten(model: nn.Module, applied: int) -> fxr.Report:
+    made, report = fxr.rewrite(model, "conv_bn", into="modules")
+    assert_same(model, made)
+    assert len(report.applied) == applied, report
+    return report
+
+
+FOLDED = "y = self.bn(self.conv(x))\nif flag is True:\n    "
+REFUSED = {
+    "an early return": "y = self.conv(x)\nif flag is True:\n    return y\nreturn self.bn(y)",
+    "a branch without the norm": (
+        "if mask is None:\n    y = self.conv(x)\nelse:\n    y = self.bn(self.conv(x))\nreturn y"
+    ),
+    "the batch size": (
+        "y = self.conv(x)\nif flag is True and x.shape[0] == 1:\n    return y\nreturn self.bn(y)"
+    ),
+    "the mode": "y = self.conv(x)\nif self.training:\n    return y\nreturn self.bn(y)",
+    "both returned": "y = self.conv(x)\nreturn self.bn(y) + (y if flag is True else 0)",
+    "the norm on something else": "return self.bn(x if flag is True else self.conv(x))",
+    "a weight that is read": FOLDED + "y = y * self.conv.weight.mean()\nreturn y",
+    "a loop": (
+        "y = self.conv(x)\nfor _ in range(2 if flag is True else 1):\n    y = self.bn(y)\nreturn y"
+    ),
+    "a loop that is left": (
+        "for layer in self.layers:\n    x = layer(x)\n    if flag is True:\n        break\nreturn x"
+    ),
+    "a caught error": (
+        "y = self.conv(x)\ntry:\n    if flag is True:\n        raise ValueError\n"
+        "    y = self.bn(y)\nexcept ValueError:\n    pass\nreturn y"
+    ),
+    "a lambda": "f = lambda t: self.conv(t)\n" + FOLDED + "y = f(y)\nreturn y",
+    "a match": FOLDED + "match n:\n        case 1:\n            y = self.conv(y)\nreturn y",
+    "an index": FOLDED + "y = self.both[0 if mask is None else 1](y)\nreturn y",
+    "a computed name": FOLDED + "y = getattr(self, 'co' + 'nv')(y)\nreturn y",
+    "a name that the caller computes": (
+        FOLDED + "y = getattr(self, 'bn' if mask is None else 'conv')(y)\nreturn y"
+    ),
+    "a comprehension": FOLDED + "y = sum([m(y) for m in (self.conv, self.act)])\nreturn y",
+    "all children": FOLDED + "y = list(self.children())[0](y)\nreturn y",
+    "the part of a container": (
+        "y = self.seq(x)\nif flag is True:\n    y = self.seq[0](y)\nreturn y"
+    ),
+    "an unknown function": FOLDED + "y = next(iter(self.modules())).conv(y)\nreturn y",
+    "an attribute that is set": FOLDED + "self.other = self.conv\n    y = self.other(y)\nreturn y",
+    "its type": "y = self.bn(self.conv(x))\nreturn y * isinstance(self.bn, nn.BatchNorm2d)",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED.values(), ids=list(REFUSED))
+def test_what_another_way_needs_as_it_is_stays(body: str) -> None:
+    report = rewritten(made_of(forward(body)), applied=0)
+    assert "<written" in report.refused[0].reason
+
+
+HELPER = "def helper(self, x, flag=False):\n    y = self.conv(x)\n"
+APPLIED = {
+    "in one branch": "if mask is None:\n    return x\nreturn self.bn(self.conv(x))",
+    "a fixed attribute": (
+        "y = self.conv(x)\nif self.absent is not None:\n    return y\n"
+        "if self.fixed:\n    y = self.bn(y)\nreturn y"
+    ),
+    "a return of something else": (
+        "y = self.conv(x)\nif flag is True:\n    return x\ny = self.bn(y)\nreturn y"
+    ),
+    "a known loop": "for layer in self.layers:\n    x = layer(x)\nreturn x",
+    "pairs": ("for c, b in zip(self.layers[:1], self.layers[1:]):\n    x = b(c(x)) + 1\nreturn x"),
+    "by a fixed name": "for name in ('conv', 'bn'):\n    x = getattr(self, name)(x)\nreturn x",
+    "a pair on both sides": ("if mask is None:\n    return self.pair(x) * 2\nreturn self.pair(x)"),
+    "whatever happens later": (
+        "y = self.bn(self.conv(x))\ntry:\n    y = y + mask\nexcept TypeError:\n    pass\n"
+        "return [y, y * 2][0] if flag is True else y"
+    ),
+}
+PAIR = "def pair(self, x):\n    return self.bn(self.conv(x))\n"
+
+
+@pytest.mark.parametrize("body", APPLIED.values(), ids=list(APPLIED))
+def test_what_no_way_parts_is_rewritten(body: str) -> None:
+    rewritten(made_of(forward(body, PAIR)), applied=1)
+
+
+def test_a_helper_method_that_returns_one_value_is_looked_through() -> None:
+    body = "return self.bn(self.helper(x))"
+    rewritten(made_of(forward(body, HELPER + "    return y\n")), applied=1)
+    either = HELPER + "    return x if flag is True else y\n"
+    rewritten(made_of(forward("return self.bn(self.helper(x, flag))", either)), applied=0)
+
+
+def test_a_function_without_source_may_do_anything() -> None:
+    namespace: dict[str, Any] = {}
+    exec(
+        "def forward(self, x, flag=False, n=1, mask=None): return self.bn(self.conv(x))", namespace
+    )
+    model = made_of("")
+    type(model).forward = namespace["forward"]
+    report = rewritten(model, applied=0)
+    assert "forward (<string>), whose source can't be read" in report.refused[0].reason
+
+
+def test_the_reason_has_the_line_and_the_condition() -> None:
+    report = rewritten(made_of(forward(REFUSED["an early return"])), applied=0)
+    reason = report.refused[0].reason
+    assert reason.startswith(
+        "what conv gives may also go elsewhere, by `return y` in forward (<wri"
+    )
+    assert reason.endswith(":4), under `if flag is True:`")
+
+
+# Forwards that are drawn: lines around calls of the convolution and the norm.
+
+CONDITIONS = [
+    "flag is True",
+    "mask is None",
+    "mask is not None and flag is True",
+    "isinstance(mask, float)",
+    "self.training",
+    "self.fixed",
+    "self.absent is not None",
+    "not (flag is True)",
+]
+CALLS = [
+    "self.conv({})",
+    "self.bn({})",
+    "self.bn(self.conv({}))",
+    "self.bn(self.conv({}))",
+    "self.layers[0]({})",
+    "self.layers[1]({})",
+    "self.layers[1](self.layers[0]({}))",
+    "self.seq({})",
+    "self.seq[0 if flag is True else 1]({})",
+    "self.helper({}, flag)",
+    "self.bn(self.helper({}, flag))",
+    "self.act({})",
+    "getattr(self, 'bn')({})",
+    "(lambda t: self.conv(t))({})",
+    "self.bn({0} if flag is True else self.conv({0}))",
+    "{} + 1",
+    "{} * self.conv.weight.mean()",
+    "{}",
+]
+
+
+@st.composite
+def blocks(draw: Any, depth: int, conditions: list[str], loop: bool = False) -> list[str]:
+    lines: list[str] = []
+    variables = st.sampled_from(["x", "y", "y"])
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["set"] * 5 + ["if", "if", "return", "for", "layers", "try"]))
+        target, read = draw(variables), draw(variables)
+        call = draw(st.sampled_from(CALLS)).format(read)
+        inner = [] if depth == 0 else draw(blocks(depth - 1, conditions, loop or kind == "for"))
+        inner = [f"    {line}" for line in inner]
+        condition = draw(st.sampled_from(conditions))
+        if kind == "set" or depth == 0:
+            lines.append(f"{target} = {call}")
+        elif kind == "return":
+            lines += [f"if {condition}:", f"    return {call}"]
+        elif kind == "if":
+            lines += [f"if {condition}:", *inner]
+            if draw(st.booleans()):
+                other = draw(blocks(depth - 1, conditions, loop))
+                lines += ["else:", *[f"    {line}" for line in other]]
+        elif kind == "for":
+            lines += [f"for _ in range(2 if {condition} else 1):", *inner]
+            if draw(st.booleans()):
+                end = draw(st.sampled_from(["break", "continue"]))
+                lines += [f"    if {draw(st.sampled_from(conditions))}:", f"        {end}"]
+        elif kind == "layers":
+            lines += ["for layer in self.layers:", f"    {target} = layer({target})"]
+            if draw(st.booleans()):
+                lines += [f"    if {condition}:", "        break"]
+        else:
+            lines += ["try:", *inner, f"    if {condition}:", "        raise ValueError"]
+            lines += [f"    {target} = {call}", "except ValueError:"]
+            lines += [f"    {draw(variables)} = {draw(variables)}"]
+    return lines
+
+
+@st.composite
+def codes(draw: Any, conditions: list[str]) -> str:
+    """The source of a forward and of a helper method."""
+    helper = draw(blocks(1, CONDITIONS))
+    body = draw(blocks(2, conditions))
+    lines = ["def forward(self, x, flag=False, n=1, mask=None):", "    y = x"]
+    lines += [f"    {line}" for line in body] + ["    return y"]
+    lines += ["def helper(self, x, flag=False, mask=None):", "    y = x"]
+    lines += [f"    {line.replace('self.helper(', 'self.end(')}" for line in helper]
+    lines += ["    return y", "def end(self, x, flag=False):", "    return x + 1"]
+    return "\n".join([*lines, ""])
+
+
+EXAMPLES = 5_000 if settings.get_current_profile_name() == "long" else 80
+
+
+@settings(max_examples=EXAMPLES)
+@given(codes(CONDITIONS))
+def test_a_forward_of_any_code_stays_right_on_every_way(code: str) -> None:
+    model = made_of(code)
+    made, report = fxr.rewrite(model, "conv_bn", into="modules")
+    event(f"applied {min(len(report.applied), 2)}, refused {min(len(report.refused), 2)}")
+    assert_same(model, made)
+
+
+@settings(max_examples=EXAMPLES)
+@given(codes(["flag", "n > 1", "x.shape[0] == 1", "x.sum() > 0", *CONDITIONS]), codes(CONDITIONS))
+def test_code_that_can_not_be_traced_stays_right_around_its_parts(outer: str, inner: str) -> None:
+    """Of a model of which only parts are traced, or the whole: data decide which way it goes."""
+    part = made_of(inner)
+    outer = outer.replace("self.act(", "self.part(").replace("self.seq[", "self.part.seq[")
+    outer = outer.replace("self.layers", "self.part.layers")
+    model = made_of(outer, part=part)
+    made, report = fxr.rewrite(model, "conv_bn", into="modules")
+    event(f"applied {min(len(report.applied), 2)}, refused {min(len(report.refused), 2)}")
+    assert_same(model, made)
