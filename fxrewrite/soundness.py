@@ -257,7 +257,7 @@ def touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -
 def _seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
     """What shares a value's storage and is given from outside, or read by others than `own`."""
     storage = effects.storage(value) - own
-    for each in storage:
+    for each in sorted(storage, key=lambda node: node.name):  # a set has no order of its own
         if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
             return each
     return None

@@ -8,11 +8,14 @@ from .backward import fold_constant_before, fold_norm_before
 from .cleanup import cleanup
 from .forward import fold_constant, fold_norm
 from .products import multiply_conv, multiply_linear
+from .reparam import reparam
+from .standardised import bake_weight
 
 # A norm or constant between two layers goes into the one before it: that rule comes first.
 affine = fxr.RuleSet(
     "affine",
     [
+        bake_weight,
         fold_norm,
         fold_constant,
         fold_norm_before,
@@ -23,8 +26,9 @@ affine = fxr.RuleSet(
     doc="Fold norms and constants into the layers beside them, and layers into one another.",
 )
 
+# A zero that is added is left out before it could be folded as a constant.
 inference = fxr.RuleSet(
     "inference",
-    [*affine.rules, *cleanup.rules],
-    doc="All that is exact and never slower: affine and cleanup.",
+    dict.fromkeys([*reparam.rules, *affine.rules, *cleanup.rules]),
+    doc="All that is exact and never slower: affine, reparam and cleanup.",
 )

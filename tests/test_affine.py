@@ -1,4 +1,4 @@
-"""The rule sets affine and inference: what folds, in which direction, and what is refused."""
+"""The rule set affine: what folds, in which direction, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import nets
 import pytest
+import timm
 import torch
 import torchvision
 from checks import Record, largest_error, outputs
@@ -17,9 +18,15 @@ from nets import Forward, X, bn, conv
 from torch import nn
 
 import fxrewrite as fxr
-from fxrewrite.testing import check_rule
+from fxrewrite.testing import check_rule, register_strategy
 
 AFFINE = fxr.get_rule_set("affine")
+for kind in (timm.layers.StdConv2d, timm.layers.ScaledStdConv2d):
+    register_strategy(
+        kind,
+        lambda s, k=kind: st.builds(k, st.just(s[1]), st.integers(1, 4), st.integers(1, 2)),
+        ranks=[4],
+    )
 
 
 def rewritten(
@@ -140,7 +147,6 @@ def test_a_norm_without_statistics_says_so() -> None:
 
 def test_a_norm_with_an_activation_leaves_the_activation() -> None:
     """Of timm's BatchNormAct2d the norm goes, and drop and activation stay under its name."""
-    timm = pytest.importorskip("timm")
     norm = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU)
     made, _ = rewritten(Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=norm), applied=1)
     assert isinstance(made.get_submodule("bn"), nn.SiLU)
@@ -151,13 +157,31 @@ def test_a_convolution_that_pads_by_the_size_of_its_input(
     side: int, kernel: int, stride: int, dilation: int, bias: bool
 ) -> None:
     """TensorFlow's, of timm: what comes behind it folds, what comes before meets the padding."""
-    timm = pytest.importorskip("timm")
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "bias": bias}
     same = timm.layers.Conv2dSame(4, 4, kernel, **options)
     x = nets.random_input((2, 4, side, side))
     made, _ = rewritten(nn.Sequential(same, bn()), x, applied=1)
     assert isinstance(made.get_submodule("0"), timm.layers.Conv2dSame)
+    scaled = Forward(lambda m, x: m.same(x) * m.gamma, same=same, gamma=nn.Parameter(torch.ones(1)))
+    rewritten(scaled, x, applied=1)
     rewritten(nn.Sequential(bn(), same), x, applied=0)
+
+
+@pytest.mark.parametrize("kind", ["StdConv2d", "StdConv2dSame", "ScaledStdConv2d"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_standardised_weight_is_baked_in(kind: str, bias: bool) -> None:
+    """Timm's weight-standardised convolutions become plain ones, and norms behind them fold."""
+    layer = getattr(timm.layers, kind)(4, 6, 3, groups=2, bias=bias, padding=1)
+    made, report = rewritten(nn.Sequential(layer, nn.BatchNorm2d(6), nn.ReLU()), applied=2)
+    assert [type(each) for each in made.children()] == [nn.Conv2d, nn.ReLU]
+    assert report.applied[0].rule == "bake_weight"
+
+
+def test_a_standardised_weight_under_a_padding_of_its_own_is_refused() -> None:
+    """No plain convolution pads by the size of its input."""
+    layer = timm.layers.StdConv2dSame(4, 6, 3, stride=2, padding="same")
+    _, report = rewritten(nn.Sequential(layer, nn.ReLU()), applied=0)
+    assert "pads by the size of its input" in report.why("0")
 
 
 SCALES: dict[str, Any] = {
@@ -253,23 +277,3 @@ def test_a_product_keeps_the_memory_format(kernel: int, layout: Any) -> None:
     made, _ = rewritten(model, applied=1)
     wanted = torch.empty(2, 4, kernel, kernel).to(memory_format=layout)
     assert made.get_submodule("0").weight.stride() == wanted.stride()
-
-
-def test_inference_is_affine_and_cleanup() -> None:
-    """One set does it all: a norm, a scale, a dropout and an identity are gone."""
-    model = Forward(
-        lambda m, x: m.same(m.drop(m.bn(m.conv(x)) * 2)),
-        conv=conv(), bn=bn(), drop=nn.Dropout(), same=nn.Identity(),
-    )  # fmt: skip
-    made, _ = rewritten(model, rules="inference")
-    assert [type(each) for each in made.children()] == [nn.Conv2d]
-
-
-def test_nothing_is_added_to_a_model_that_is_folded() -> None:
-    """A second rewrite with all that is exact leaves each node of a ResNet as it is."""
-    model = torchvision.models.resnet18().eval()
-    made, _ = fxr.rewrite(model, "inference", torch.randn(1, 3, 32, 32))
-    again, report = fxr.rewrite(made, "inference", torch.randn(1, 3, 32, 32))
-    assert not report.applied
-    assert [str(node) for node in again.graph.nodes] == [str(node) for node in made.graph.nodes]
-    assert len(made.graph.nodes) < len(torch.fx.symbolic_trace(model).graph.nodes)
