@@ -48,6 +48,17 @@ def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[st
     return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
 
 
+def is_default(callee: Callable[..., Any] | str | type, name: str, value: Any) -> bool:
+    """Whether an argument is given as what it would be anyway.
+
+    >>> is_default(torch.add, "alpha", 1), is_default(torch.add, "alpha", 2)
+    (True, False)
+    """
+    parameters = (each.parameters.get(name) for each in _signatures(callee))
+    known = [each.default for each in parameters if each is not None]
+    return bool(known) and all(type(each) is type(value) and each == value for each in known)
+
+
 def _flat(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():

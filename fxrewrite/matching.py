@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from .arguments import is_default
 from .effects import base_name
 from .sites import Link, Miss, Seen, Site
 from .steps import Branch, Pattern, Step
@@ -237,7 +238,9 @@ def _orders(
         return [given] if len(given) == count else []
     entries = [entry for entry in inputs.items() if not view.is_constant(entry[1])]
     # With a further argument, such as torch.add's alpha, the sides may differ.
-    is_symmetric = len(inputs) == len(view.arguments(node)) and _is_commutative(node.target)
+    further = {k: v for k, v in view.arguments(node).items() if k not in inputs}
+    is_plain = all(is_default(view.callee(node), k, v) for k, v in further.items())
+    is_symmetric = is_plain and _is_commutative(node.target)
     return (itertools.permutations if is_symmetric else itertools.combinations)(entries, count)
 
 

@@ -147,9 +147,10 @@ def test_a_norm_without_statistics_says_so() -> None:
 
 def test_a_norm_with_an_activation_leaves_the_activation() -> None:
     """Of timm's BatchNormAct2d the norm goes, and drop and activation stay under its name."""
-    norm = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU)
-    made, _ = rewritten(Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=norm), applied=1)
-    assert isinstance(made.get_submodule("bn"), nn.SiLU)
+    for drop, kept in ((None, [nn.SiLU]), (nn.Dropout, [nn.Sequential, nn.Dropout, nn.SiLU])):
+        norm = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=drop)
+        made, _ = rewritten(Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=norm), applied=1)
+        assert [type(each) for each in made.get_submodule("bn").modules()] == kept
 
 
 @given(st.integers(4, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.booleans())

@@ -92,3 +92,55 @@ def test_nothing_is_added(name: str) -> None:
     assert [str(node) for node in again.graph.nodes] == [str(node) for node in made.graph.nodes]
     with torch.no_grad():
         assert largest_error([model(x)], [made(x)]) <= 1e-4
+
+
+def pair(first: nn.Module, second: nn.Module) -> nn.Module:
+    return Forward(lambda m, x: m.second(m.first(x)), first=first, second=second)
+
+
+def gamma() -> nn.Parameter:
+    return nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+
+FLAT = nets.random_input((3, 4))
+# In words, the model, an example, and how many calls are left.
+EXPORTED: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
+    "transposed convolution, norm": (
+        pair(nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2, output_padding=1), bn()), nets.X, 1,
+    ),
+    "linear layer, norm": (pair(nn.Linear(4, 4), nn.BatchNorm1d(4)), FLAT, 1),
+    "frozen norm": (pair(conv(), torchvision.ops.FrozenBatchNorm2d(4)), nets.X, 1),
+    "norm, convolution": (pair(bn(), nn.Conv2d(4, 4, 3)), nets.X, 1),
+    "learned scale": (Forward(lambda m, x: m.c(x) * m.g, c=conv(), g=gamma()), nets.X, 1),
+    "numbers": (Forward(lambda m, x: 1 - (-m.c(x) / 3 + 2), c=conv()), nets.X, 1),
+    "normalised input": (
+        Forward(lambda m, x: m.c((x - m.g) / m.g), c=nn.Conv2d(4, 4, 3), g=gamma()), nets.X, 1,
+    ),
+    "two linear layers": (pair(nn.Linear(4, 8), nn.Linear(8, 1)), FLAT, 1),
+    "two convolutions": (pair(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1)), nets.X, 1),
+    "branches": (
+        Forward(
+            lambda m, x: m.n(m.c(x)) + m.d(x) + x, c=conv(), n=bn(), d=nn.Conv2d(4, 4, 1)
+        ), nets.X, 1,
+    ),
+    "dropout, two relus": (
+        Forward(lambda m, x: m.d(torch.relu(torch.relu(x))), d=nn.Dropout()), FLAT, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "decomposed"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_program_folds_alike(name: str, decomposed: bool) -> None:
+    """What a model of modules comes to, its program comes to as well, in both forms."""
+    model, x, left = EXPORTED[name]
+    model.double()
+    program = torch.export.export(model, (x,))
+    program = program.run_decompositions() if decomposed else program
+    made, _ = fxr.rewrite(program, "inference")
+    assert largest_error(outputs(model, x), outputs(made.module(), x)) <= 1e-9
+    # What a program decomposes a linear layer into transposes its weight.
+    calls = [n for n in made.graph.nodes if n.op == "call_function" and "permute" not in n.name]
+    assert len(calls) == left, made.graph
+    graph, _ = fxr.rewrite(model, "inference", x)
+    assert sum(n.op.startswith("call") for n in graph.graph.nodes) == left

@@ -105,6 +105,7 @@ SUMS = {
     "operator": lambda m, x: m.a(x) + m.b(x),
     "torch.add": lambda m, x: torch.add(m.a(x), m.b(x)),
     "alpha": lambda m, x: torch.add(m.a(x), m.b(x), alpha=1),
+    "alpha, the input first": lambda m, x: torch.add(x, m.a(x), alpha=1),
     "method": lambda m, x: m.a(x).add(m.b(x)),
     "in place": lambda m, x: operator.iadd(m.a(x), m.b(x)),
     "add_": lambda m, x: m.a(x).add_(m.b(x)),
