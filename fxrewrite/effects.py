@@ -143,7 +143,7 @@ def lends(node: fx.Node, view: GraphView) -> list[fx.Node]:
 def _returns_what_it_writes(node: fx.Node) -> bool:
     if node.op == "call_function":
         known = node.target in _IN_PLACE_OPERATORS and node.target is not operator.setitem
-        return known or (base_name(node.target) in _IN_PLACE_CALLS and _is_torch(node.target))
+        return known or (base_name(node.target) in _IN_PLACE_CALLS and is_torch(node.target))
     return node.op == "call_method" and node.target in _IN_PLACE_CALLS
 
 
@@ -158,7 +158,7 @@ def is_fresh(node: fx.Node, view: GraphView) -> bool:
 
 def is_fresh_function(function: Any) -> bool:
     """Whether a function gives new storage, unless it is told where to write."""
-    return base_name(function) in _FRESH_CALLS and _is_torch(function)
+    return base_name(function) in _FRESH_CALLS and is_torch(function)
 
 
 def is_fresh_module(module: nn.Module | None) -> bool:
@@ -194,7 +194,8 @@ def base_name(function: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_torch(function: Any) -> bool:
+def is_torch(function: Any) -> bool:
+    """Whether a function is one of torch, or an operator of Python."""
     module = getattr(function, "__module__", None) or "torch"
     return module == "_operator" or module.partition(".")[0] == "torch"
 

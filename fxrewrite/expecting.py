@@ -80,11 +80,12 @@ class OfType(Expectation):
     def __init__(self, message: str, types: Any, answer: bool) -> None:
         super().__init__(message)
         self.types, self.answer = types, answer
+        self.is_tensor = answer is issubclass(torch.Tensor, types)
 
     def forward(self, value: Any) -> None:
         """Raise SpecialisedError where it is otherwise."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if not isinstance(value, torch.Tensor):  # which it was traced as
+            if isinstance(value, torch.Tensor) != self.is_tensor:
                 raise SpecialisedError(self.message)
         elif isinstance(value, self.types) is not self.answer:
             raise SpecialisedError(self.message)

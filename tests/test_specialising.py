@@ -12,6 +12,8 @@ from typing import Any, Optional
 import nets
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -419,3 +421,78 @@ def test_a_thread_that_traces_is_the_only_one_that_is_watched() -> None:
 
     fxr.rewrite(model_of(Telling), "conv_bn")
     assert set(seen) == {None}
+
+
+# A random forward is a few steps, each of which asks something of an argument or of the mode.
+ASKING: dict[str, Any] = {
+    "a is None": lambda m, y, a, b: y if a is None else y + 1,
+    "b is not None": lambda m, y, a, b: y * 2 if b is not None else y,
+    "a is True": lambda m, y, a, b: -y if a is True else y,
+    "a is b": lambda m, y, a, b: y + 3 if a is b else y,
+    "isinstance(a, Tensor)": lambda m, y, a, b: y + 5 if isinstance(a, Tensor) else y,
+    "isinstance(b, (bool, int))": lambda m, y, a, b: y * 7 if isinstance(b, (bool, int)) else y,
+    "isinstance(y, Tensor)": lambda m, y, a, b: y + 0.5 if isinstance(y, Tensor) else y,
+    "type(a) is list": lambda m, y, a, b: y + 9 if type(a) is list else y,
+    "a == 'up'": lambda m, y, a, b: y + 11 if isinstance(a, str) and a == "up" else y,
+    "b in {...}": lambda m, y, a, b: y - 2 if isinstance(b, str) and b in {"up", "down"} else y,
+    "if b": lambda m, y, a, b: y * 0.1 if b is not None and b is not False else y,
+    "hasattr(a, 'shape')": lambda m, y, a, b: y + 13 if hasattr(a, "shape") else y,
+    "exists(a)": lambda m, y, a, b: y + 17 if exists(a) else y,
+    "[each]": lambda m, y, a, b: y + sum([1.0 for each in (a, b) if each is not None]),
+    "training": lambda m, y, a, b: y + 19 if m.training else y,
+    "a part": lambda m, y, a, b: m.inner(y, a),
+    "a part, by name": lambda m, y, a, b: m.inner(y, mask=b),
+    "add": lambda m, y, a, b: y + a if a is not None and b is None else y,
+}
+VALUES = [None, True, False, 1, 2.5, "up", "down", M, X, [M], (M,), {"a": M}]
+
+
+def asking(steps: list[str], default: Any) -> nn.Module:
+    """A model whose forward is made of these steps; it may be called without `a` and `b`."""
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.inner = nets.conv(), nets.bn(), OptionalMask()
+
+        def forward(self, x: Any, a: Any = default, b: Any = None) -> Any:
+            y = self.bn(self.conv(x))
+            for step in steps:
+                y = ASKING[step](self, y, a, b)
+            return y
+
+    return model_of(Asking)
+
+
+@given(
+    st.lists(st.sampled_from([*ASKING]), min_size=1, max_size=4),
+    st.sampled_from([None, False, 1, "up"]),
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(VALUES), max_size=2), st.booleans()),
+        min_size=3,
+        max_size=8,
+    ),
+    st.sampled_from(["graph", "modules", None]),
+)
+def test_whatever_a_forward_asks_the_answer_is_not_silently_another(
+    steps: list[str], default: Any, calls: list[Any], into: Any
+) -> None:
+    """Random forwards on random arguments, in eval and training mode."""
+    model = asking(steps, default)
+    try:
+        made, _ = fxr.rewrite(model, "conv_bn", into=into)
+    except fxr.TraceError:
+        assert into == "graph"
+        return
+    for args, training in [([], False), *calls]:
+        model.train(training), made.train(training)
+        for each in model.modules():
+            if isinstance(each, nn.BatchNorm2d):
+                each.eval()  # which is folded, and has no training mode afterwards
+        for each in made.modules():
+            if isinstance(each, nn.BatchNorm2d):
+                each.eval()
+        expected, found = (outcome(each, (X, *args), {}) for each in (model, made))
+        assert is_right(expected, found), (steps, args, training, found)
+        if not args and not training:  # as it is called by default, it runs
+            assert isinstance(found, Exception) is isinstance(expected, Exception), found

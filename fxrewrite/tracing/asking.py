@@ -77,11 +77,11 @@ def questions(code: CodeType) -> dict[int, Question]:
     [('is', ['by'])]
     """
     instructions = list(_instructions(code))
-    asks = {*_ASKING} & {*code.co_names}
     lines = {at: line for start, end, line in code.co_lines() for at in range(start, end, 2)}
+    calls = _Calls(instructions)
     found: dict[int, Question] = {}
     for at, each in enumerate(instructions):
-        question = _question(instructions, at, bool(asks))
+        question = calls.question(at) if each.name in _CALLS else _question(instructions, at)
         if question is not None:
             question = attrs.evolve(question, line=lines[each.offset])
             found[each.offset] = question
@@ -91,7 +91,7 @@ def questions(code: CodeType) -> dict[int, Question]:
     return found
 
 
-def _question(code: Sequence[Instruction], at: int, asks: bool) -> Question | None:
+def _question(code: Sequence[Instruction], at: int) -> Question | None:
     each = code[at]
     if each.name == "IS_OP":
         return _about("is", code, at, 2)
@@ -103,21 +103,36 @@ def _question(code: Sequence[Instruction], at: int, asks: bool) -> Question | No
         return _about("training", code, at, 1)
     if each.name in _MATCHING:
         return Question("match", None, _names(code[:at]))
-    if asks and each.name in _CALLS:
-        return _call(code, at)
     return None
 
 
-def _call(code: Sequence[Instruction], at: int) -> Question | None:
-    """The question that a call asks; one whose function can't be found may be any."""
-    start = _start(code, at + 1)
-    if start is None:
-        return Question("call", None, _names(code[:at]))
-    called = next((each.variable for each in code[start:at] if each.name != "PUSH_NULL"), None)
-    count = code[at].value
-    if called not in _ASKING or count < _ASKING[called]:
-        return None
-    return _about(called, code, at - (code[at - 1].name == "PRECALL"), count)
+class _Calls:
+    """The calls of a function, and which of them ask."""
+
+    def __init__(self, code: Sequence[Instruction]) -> None:
+        self._code = code
+        asking = {at for at, each in enumerate(code) if each.variable in _ASKING}
+        calls = [at for at, each in enumerate(code) if each.name in _CALLS] if asking else []
+        self._called = {at: self._function(at) for at in calls}
+        # Functions that ask and are called, if at all, by a call of which it can't be told.
+        self._loose = asking.difference(self._called.values())
+
+    def _function(self, at: int) -> int | None:
+        """Where the function is loaded that a call calls, None if unclear."""
+        start = _start(self._code, at + 1)
+        if start is not None and self._code[start].name == "PUSH_NULL":
+            start += 1
+        return start
+
+    def question(self, at: int) -> Question | None:
+        """The question that a call asks."""
+        code, start = self._code, self._called.get(at)
+        if at in self._called and start is None and any(each < at for each in self._loose):
+            return Question("call", None, _names(code[:at]))
+        called = None if start is None else code[start].variable
+        if called not in _ASKING or code[at].value < _ASKING[called]:
+            return None
+        return _about(called, code, at - (code[at - 1].name == "PRECALL"), code[at].value)
 
 
 def _about(kind: str, code: Sequence[Instruction], end: int, count: int) -> Question:

@@ -6,7 +6,6 @@ import operator
 import sys
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.graph import inplace_methods
 
@@ -15,7 +14,8 @@ class Proxy(fx.Proxy):
     """A value to trace with.
 
     Its `x += y` is recorded as the write in place that it is; of FX's own it makes a new value, and
-    whatever else is `x`, or a view of it, misses the write. To a forward that asks, it is a tensor.
+    whatever else is `x`, or a view of it, misses the write. A forward that asks is told the type
+    that it stands for.
     """
 
     def __hash__(self) -> int:
@@ -29,8 +29,8 @@ class Proxy(fx.Proxy):
     def __class__(self) -> Any:
         """A tensor's, to a forward that asks; FX and torch must see what it is."""
         watch = getattr(self.tracer, "watch", None)
-        is_asked = watch is not None and watch.is_asked(sys._getframe(1))
-        return torch.Tensor if is_asked else Proxy
+        kind = None if watch is None else watch.class_for(sys._getframe(1), self.node)
+        return kind or Proxy
 
 
 def _recorded(write: Any) -> Any:

@@ -16,10 +16,10 @@ import attrs
 import torch
 from torch import fx, nn
 
-from ..effects import is_fresh_function, is_fresh_module
 from ..expecting import Equal, Expectation, LeftOut, Mode, NotNone, NotSame, OfType
 from ..modules import fresh_name
 from .asking import Question, questions
+from .kinds import Kinds
 from .operands import Unclear, evaluate, holds_proxy, lookup, spelt
 from .proxies import Proxy
 
@@ -86,6 +86,7 @@ class Watch:
     def __init__(self, tracer: fx.Tracer, model: nn.Module, left_out: Mapping[str, str]) -> None:
         self.expectations: dict[str, Expectation] = {}
         self._tracer, self._model, self._left_out = tracer, model, left_out
+        self._kinds = Kinds(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
         self._known: dict[int, _Known] = {}
@@ -117,9 +118,11 @@ class Watch:
             if (node in live if node is not None else not f"{each.name}.".startswith(gone))
         )
 
-    def is_asked(self, frame: FrameType) -> bool:
-        """Whether a frame is just asking a value for its class, and is of a forward."""
-        return self._asking == (frame, frame.f_lasti)
+    def class_for(self, frame: FrameType, node: fx.Node) -> type[Any] | None:
+        """The class of a value, for a frame of a forward that is just asking; else None."""
+        if self._asking != (frame, frame.f_lasti):
+            return None
+        return self._kinds.of(node)[0] or torch.Tensor
 
     def uses_as_key(self, value: fx.Proxy, frame: FrameType) -> None:
         """Note that a value is looked up in a set or a dictionary, where it can't be found."""
@@ -237,7 +240,9 @@ class Watch:
             return
         if len(proxies) == 1:
             other = values[0] if proxies[0] is values[1] else values[1]
-            if proxies[0].node.op == "get_attr" or self._is_tensor(proxies[0].node):
+            if self._kinds.is_never_none(proxies[0].node) and other is None:
+                return
+            if self._kinds.of(proxies[0].node)[1]:  # nothing that is compared so
                 return
             if not isinstance(other, bool | int | float | str | type | torch.dtype | None):
                 raise Unclear
@@ -250,29 +255,19 @@ class Watch:
 
     def _decide_type(self, value: fx.Proxy, types: Any, texts: list[str], line: str) -> None:
         many = types if isinstance(types, tuple) else (types,)
-        answer = issubclass(torch.Tensor, types)
         if not isinstance(value, Proxy) or not all(map(_is_importable, many)):
             raise Unclear
-        if value.node.op == "get_attr" and issubclass(nn.Parameter, types) is answer:
-            return
-        if self._is_tensor(value.node):
+        kind, is_sure = self._kinds.of(value.node)
+        if kind is None:
+            raise Unclear
+        answer = issubclass(kind, types)
+        if value.node.op == "get_attr" and issubclass(nn.Parameter, types) is not answer:
+            raise Unclear
+        if is_sure:
             return
         argument = _argument(value)
-        if argument is None:
-            raise Unclear  # what a call gives may be a tuple, as well as a tensor
         reason = f"{texts[0]} is {'' if answer else 'not '}of type {texts[1]}"
         self._add(line, reason, lambda text: OfType(text, types, answer), (value,), argument)
-
-    def _is_tensor(self, node: fx.Node) -> bool:
-        """Whether a value is sure to be a tensor."""
-        if node.op == "call_module":
-            module = self._model.get_submodule(str(node.target))
-            several = getattr(module, "return_indices", False)
-            several = several or isinstance(module, nn.MultiheadAttention)
-            return is_fresh_module(module) and not several
-        if node.op == "call_function":
-            return is_fresh_function(node.target) and "return_indices" not in node.kwargs
-        return False
 
     def _add(
         self,
