@@ -423,6 +423,39 @@ def test_a_thread_that_traces_is_the_only_one_that_is_watched() -> None:
     assert set(seen) == {None}
 
 
+class Scaled(nn.BatchNorm2d):
+    """A norm whose forward is its own, so that nobody knows what it gives."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class AsksOfASize(Body):
+    """As TensorFlow's padding of timm does: a size is a tensor in ONNX's export alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = Scaled(4)
+
+    @staticmethod
+    def half(size: Any) -> Any:
+        return (size / 2).ceil() if isinstance(size, Tensor) else (size + 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.scaled(self.body(x))
+        height, width = y.size()[-2:]
+        return y[..., : self.half(height), : self.half(y.shape[-1])] * width
+
+
+@pytest.mark.parametrize("into", ["graph", "modules", None])
+def test_a_size_is_no_tensor_whatever_it_is_the_size_of(into: Any) -> None:
+    """Of what an unknown module gives, too."""
+    model = model_of(AsksOfASize)
+    made, report = fxr.rewrite(model, "conv_bn", X, into=into)
+    assert len(report.applied) == 1
+    torch.testing.assert_close(made(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 # A random forward is a few steps, each of which asks something of an argument or of the mode.
 ASKING: dict[str, Any] = {
     "a is None": lambda m, y, a, b: y if a is None else y + 1,

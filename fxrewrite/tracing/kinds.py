@@ -105,6 +105,8 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 def _of_method(node: fx.Node, source: Kind) -> Kind:
     (kind, is_sure), name = source, str(node.target)
+    if kind is None and (name == "size" or name in _COUNTING):
+        kind = torch.Tensor  # most likely: what has a size
     if kind is not torch.Tensor or name in _SEVERAL:
         return _UNKNOWN
     if name == "size":
@@ -119,6 +121,8 @@ def _of_method(node: fx.Node, source: Kind) -> Kind:
 def _of_function(node: fx.Node, source: Kind) -> Kind:
     (kind, is_sure), target = source, node.target
     if target is builtins.getattr:
+        if kind is None and node.args[1] in ("shape", "ndim"):
+            kind = torch.Tensor
         if kind is not torch.Tensor:
             return _UNKNOWN
         found = {"shape": torch.Size, "ndim": int, "T": torch.Tensor, "data": torch.Tensor}
