@@ -74,6 +74,9 @@ class IntoModules:
                 )
         if isinstance(action, Bypass) and all(type(each.module) is nn.Identity for each in changed):
             return "it is an Identity already, and something has to stand there"
+        alone = (each.module is not None and view.only_user(each.module) for each in changed)
+        if isinstance(action, Bypass) and not any(alone):
+            return f"what it calls is used elsewhere too, and stays; {_ELSEWHERE}"
         if isinstance(action, Call):
             return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
         if isinstance(action, Replace) and action.inputs:

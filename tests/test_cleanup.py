@@ -88,3 +88,14 @@ def test_in_a_module_tree_a_dropout_becomes_an_identity_and_stays_one() -> None:
     report = fxr.plan(made, "cleanup", into="modules")
     assert not report.applied
     assert "something has to stand there" in report.why("drop")
+
+
+def test_in_a_module_tree_a_dropout_that_is_called_twice_stays() -> None:
+    """One call may not go, so nothing would change, and a second rewrite would say so again."""
+    drop = nn.Dropout(inplace=True)
+    model = Forward(
+        lambda m, x: (lambda y: (F.relu(x, inplace=True), m.drop(y.exp()) + y))(m.drop(x)[:] + 1),
+        drop=drop,
+    )
+    assert not fxr.plan(model, "cleanup", into="modules").applied
+    assert len(fxr.plan(model, "cleanup").applied) == 1
