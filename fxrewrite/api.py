@@ -46,7 +46,9 @@ def rewrite(
             `torch.export`, which gives a program again; anything else is traced.
         rules: a rule set or its name, a rule, or a list of those; earlier ones are tried first.
         example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
-            need shapes or dtypes learn them from it; nothing is computed.
+            need shapes or dtypes learn them from it. For a graph nothing is computed. For a module
+            tree a copy of the model runs on them once, hooks and all, as a check on what its code
+            says; of parts that are called with other shapes each time, none is learnt.
         into: "graph" gives a GraphModule. "modules" gives a copy of the model, same class,
             attributes and forward code, in which new modules stand where old ones stood; it
             needs only parts of the model to be traceable. By default "graph" where the whole model

@@ -76,7 +76,7 @@ def apply_to_parts(
     `modules` are all of the model by qualified name, and `stops` what of it could not be traced.
     """
     rules = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
-    nodes = frozenset(node.name for view in views for node in view.graph.nodes)
+    nodes = frozenset(view.shown(node.name) for view in views for node in view.graph.nodes)
     liftings = {view: Lifting(view, rules) for view in views}
     owners = {owner: name for each in liftings.values() for owner, name in each.owners.items()}
     unreached = not_called(modules, list(views), stops, owners)
@@ -85,7 +85,8 @@ def apply_to_parts(
     lowered: dict[str, str] = {}
     for view, destination in views.items():
         engine = Engine(view, rules, destination, script)
-        findings += (*engine.run(), *not_lifted(liftings[view], rules))
+        found = (*engine.run(), *not_lifted(liftings[view], rules))
+        findings += [each.renamed(view.shown) for each in found] if view.part else found
         bystanders |= engine.bystanders()
         lowered |= lower(view, liftings[view])
     findings += out_of_reach(modules, unreached, rules)

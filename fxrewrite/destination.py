@@ -18,6 +18,7 @@ from .sites import Link, Site, describe, name_of
 from .soundness import written_meanwhile
 from .steps import Call
 from .view import GraphView
+from .witness import Witness
 
 _ELSEWHERE = "into='graph' can rewrite it"
 
@@ -48,12 +49,14 @@ class IntoModules:
     the others, so that names, indices and code that mentions them stay valid.
     """
 
-    def __init__(self, view: GraphView, flows: Flows) -> None:
-        """Of a view, and what the code of the whole model may do with its modules."""
+    def __init__(self, view: GraphView, flows: Flows, witness: Witness | None = None) -> None:
+        """Of a view, what the model's code may do with its modules, and what a run of it did."""
         self._view = view
         self._flows = flows
+        self._witness = witness
         self._before = self._called()
         self._gone: set[int] = set()
+        self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
 
     def refusal(
         self, site: Site, action: Action, slot: Link | None, effects: Effects
@@ -103,13 +106,16 @@ class IntoModules:
         """Why the model's code, on some way that was not traced, needs a module as it is."""
         gone = [link for link in changed if _is_gone(link, action, slot)]
         stays = [link.node for link in site.links if link not in gone]
+        chain = [self._original(link) for link in site.links if not _is_idle(link)]
         reason = self._flows.refusal(
-            [self._original(link) for link in site.links if not _is_idle(link)],
+            chain,
             [self._original(link) for link in changed if not self._stays(link, action)],
             self._gone,
             late=any(link.node < node for link in gone for node in stays),
             once=bool(site.pattern.values) and "val" in site.input.meta,
         )
+        if reason is None and self._witness is not None:
+            reason = self._witness.refusal(chain, self._gone | self._idle)
         if reason is None:
             self._gone |= {id(self._original(link)) for link in gone}
         return reason

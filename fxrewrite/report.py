@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -44,6 +44,16 @@ class Finding:
     def reason(self) -> str:
         """Why it was refused or missed; put into words only when asked for."""
         return str(self.cause)
+
+    def renamed(self, shown: Callable[[str], str]) -> Finding:
+        """The finding with other names for what takes part in it."""
+        return attrs.evolve(
+            self,
+            anchor=shown(self.anchor),
+            steps=tuple((step, shown(name)) for step, name in self.steps),
+            nodes=tuple(map(shown, self.nodes)),
+            others=tuple(each.renamed(shown) for each in self.others),
+        )
 
     def is_about(self, name: str) -> bool:
         """Whether a module or node of that name takes part in it."""

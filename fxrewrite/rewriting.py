@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from .applying import apply, apply_to_parts
 from .copying import copied
 from .destination import IntoGraph, IntoModules
 from .dialects.exported import Program
+from .errors import FxRewriteError
 from .reading.flows import Flows
 from .replaying import Script
 from .report import Report
@@ -23,6 +25,7 @@ from .tracing.optional import attempt_as_graph
 from .tracing.partial import Parts
 from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
 from .view import GraphView
+from .witness import Witness
 
 Into = Literal["graph", "modules"]
 
@@ -57,7 +60,10 @@ class Rewriter:
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             modules = dict(model.named_modules(remove_duplicate=False))
-            views = [GraphView(model, part.graph, part.constants, modules) for part in parts.parts]
+            views = [
+                GraphView(model, part.graph, part.constants, modules, part.name)
+                for part in parts.parts
+            ]
             if example_inputs is not None and whole.is_whole:
                 from .shapes import record_shapes  # with sympy, which takes long to import
 
@@ -66,8 +72,11 @@ class Rewriter:
                 applied = apply(views[0], self.rule_sets, IntoGraph(), script)
                 made: nn.Module = graph_module(views[0])
             else:
-                flows = Flows(model, parts.keeps_whole)
-                trees = {view: IntoModules(view, flows) for view in views}
+                flows, witness = Flows(model, parts.keeps_whole), None
+                if example_inputs is not None:
+                    witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
+                    _record_shapes_of_parts(parts, views, witness)
+                trees = {view: IntoModules(view, flows, witness) for view in views}
                 stops = tuple(parts.stops.values())
                 applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
                 replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
@@ -84,6 +93,18 @@ class Rewriter:
             applied = apply(view, self.rule_sets, program, script)
             made = program.finished(view)
         return made, applied.report(model, made, "graph")
+
+
+def _record_shapes_of_parts(parts: Parts, views: Sequence[GraphView], witness: Witness) -> None:
+    """Record the shapes of values in parts, as far as a run showed what the parts are given."""
+    from .shapes import record_shapes
+
+    for part, view in zip(parts.parts, views, strict=True):
+        names = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
+        given = witness.inputs(part.name, names) if part.name else None
+        if given is not None:
+            with contextlib.suppress(FxRewriteError):  # what a fake tensor can't do, a part may
+                record_shapes(graph_module(view), given)
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:

@@ -28,8 +28,10 @@ class GraphView:
         graph: fx.Graph,
         constants: dict[str, Any],
         modules: dict[str, nn.Module] | None = None,
+        part: str = "",
     ) -> None:
         self.root = root
+        self.part = part
         self.graph = graph
         self.constants = constants
         self.is_training = root.training
@@ -49,6 +51,10 @@ class GraphView:
         }
         for node in graph.nodes:
             self.count(node, +1)
+
+    def shown(self, name: str) -> str:
+        """What reports call a node or module: a node of a part has the part's name before it."""
+        return name if not self.part or name in self.modules else f"{self.part}.{name}"
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, or None where it calls none."""

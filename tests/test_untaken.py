@@ -34,7 +34,7 @@ class Part(nn.Module):
         self.layers = nn.ModuleList([conv(), bn()])
         self.seq = nn.Sequential(conv(), bn())
         self.both = [self.conv, self.bn]
-        self.fixed, self.absent = True, None
+        self.fixed, self.absent, self.sizes = True, None, [1, 2]
         for name, member in members.items():
             setattr(self, name, member)
         self.code = code
@@ -151,6 +151,10 @@ APPLIED = {
         "return [y, y * 2][0] if flag is True else y"
     ),
 }
+APPLIED["a list that is copied and written to"] = (
+    "sizes = self.sizes[:1]\nsizes[0] = 0\nmore = self.sizes.copy()\nmore[0] = 1\n"
+    "return self.bn(self.conv(x))"
+)
 PAIR = "def pair(self, x):\n    return self.bn(self.conv(x))\n"
 
 

@@ -30,7 +30,7 @@ _COMPUTED = (abs, bool, divmod, float, int, len, max, min, pow, repr, round, str
 _READING = frozenset({"children", "named_children", "get_submodule", "items", "keys", "values"})
 # Loops that are known to run more often are read like those of unknown length.
 MOST_TURNS = 1024
-_READING_ITEMS = frozenset({"items", "keys", "values", "get", "index", "count", "copy"})
+_READING_ITEMS = frozenset({"items", "keys", "values", "get", "index", "count"})
 
 
 def call(function: Any, given: Arguments, at: Expressions, node: ast.AST) -> Value | None:

@@ -17,6 +17,8 @@ from .sources import Source
 from .values import UNKNOWN, Call, Known, Output, Value, known
 
 _NOWHERE = ast.Pass()
+# How often a model's code is read at most until it sets no further attribute.
+_MOST_READINGS = 20
 
 
 class Flows:
@@ -33,7 +35,7 @@ class Flows:
 
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
         self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
-        reader = _read(model, is_leaf, set())
+        reader = _read(model, is_leaf)
         self._escaped = reader.escaped
         self._calls: dict[int, list[Call]] = {}
         for call in reader.calls.values():
@@ -133,17 +135,17 @@ class _Outside(Expressions):
         return "whoever calls the model"
 
 
-def _read(
-    model: nn.Module, is_leaf: Callable[[nn.Module], bool], changing: set[tuple[int, str | None]]
-) -> Reader:
+def _read(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Reader:
     """Read a model's code; once more where it sets attributes, which then may be anything."""
-    while True:
-        reader = Reader(model, is_leaf)
-        reader.changing |= changing
+    reader = Reader(model, is_leaf)
+    for _ in range(_MOST_READINGS):
         _read_once(model, reader)
-        if reader.changing == changing:
+        again = Reader(model, is_leaf, reader)
+        if again.changing == reader.changing_before:
             return reader
-        changing = set(reader.changing)
+        reader = again
+    reader.escape(model, "code that sets ever more attributes")
+    return reader
 
 
 def _read_once(model: nn.Module, reader: Reader) -> None:

@@ -27,16 +27,25 @@ class Reader:
     """The state of reading a model's code: where it is, and what was found so far.
 
     `calls` has each call of a module that is a leaf, by the way that leads there; `escaped` has, by
-    identity, where a module may be used otherwise than by a call that was read.
+    identity, where a module may be used otherwise than by a call that was read. What an earlier
+    reader, `before`, found to change is known from the start.
     """
 
-    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        is_leaf: Callable[[nn.Module], bool],
+        before: Reader | None = None,
+    ) -> None:
         self.is_leaf = is_leaf
         self.modules = {id(each): each for each in model.modules()}
         self.calls: dict[Any, Call] = {}
         self.escaped: dict[int, str] = {}
         # Attributes that code of the forward sets, and containers that it changes.
-        self.changing: set[tuple[int, str | None]] = set()
+        self.changing: set[tuple[int, str | None]] = (
+            set() if before is None else set(before.changing)
+        )
+        self.changing_before = frozenset(self.changing)
         self.path: list[Any] = []
         self.loops: list[int] = []
         self.guards: list[str] = []
@@ -44,7 +53,7 @@ class Reader:
         self.functions: list[tuple[types.CodeType, int]] = []
         self.clock = 0
         self._steps = 0
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[Any, Any] = {} if before is None else before._kept
         self._reached: dict[int, tuple[Any, tuple[nn.Module, ...]]] = {}
 
     def step(self) -> None:

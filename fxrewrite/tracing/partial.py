@@ -65,6 +65,11 @@ class Parts:
         self._names = {id(each): name for name, each in model.named_modules()}
         self._add("", whole)
 
+    @property
+    def inner(self) -> list[str]:
+        """The qualified names of parts that are not the model itself."""
+        return [part.name for part in self.parts if part.name]
+
     def keeps_whole(self, module: nn.Module) -> bool:
         """Whether tracing keeps a module of the model as one node, whatever hooks it carries."""
         return self._keeps_whole(module, self._names[id(module)])

@@ -1,0 +1,113 @@
+"""With example inputs, one run of the original checks what goes into a module tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import checks
+import pytest
+import torch
+from nets import Forward, X, bn, conv
+from torch import nn
+from torch.nn import functional as F
+
+import fxrewrite as fxr
+from fxrewrite.reading import flows
+
+
+def branch(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Data decide what happens, so this can't be traced."""
+    return m.a(x) if x.sum() > -1e9 else m.b(x)
+
+
+def parts(**members: nn.Module) -> nn.Module:
+    return Forward(branch, **{"a": nn.Identity(), "b": nn.Identity(), **members}).double()
+
+
+def pair(x: torch.Tensor, m: Any) -> Any:
+    return m.bn(m.conv(x))
+
+
+CASES = {
+    "another input": (lambda m, x: m.bn(m.conv(x)) + m.bn(x), "something else than what"),
+    "another reader": (lambda m, x: m.bn(m.conv(x)) + m.conv(x), "2 times and"),
+}
+
+
+@pytest.mark.parametrize(("forward", "said"), CASES.values(), ids=list(CASES))
+def test_a_run_refuses_what_reading_did_not_see(
+    forward: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of code that the reader would overlook, the run shows that a module is called otherwise."""
+    monkeypatch.setattr(flows.Flows, "refusal", lambda *args, **options: None)
+    part = Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+
+    def outer(m: Any, x: torch.Tensor) -> Any:
+        return m.part(x) if x.sum() < -1e9 else forward(m.part, x)
+
+    model = Forward(outer, part=part).double()
+    made, report = fxr.rewrite(model, "conv_bn", X)
+    assert said in report.refused[0].reason
+    assert checks.largest_error(checks.outputs(model, X), checks.outputs(made, X)) <= 1e-9
+    assert fxr.plan(model, "conv_bn").applied
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_run_agrees_with_what_is_right(drop: bool) -> None:
+    layers = [conv(), *([nn.Dropout()] if drop else []), bn(), bn()]
+    model = parts(a=nn.Sequential(*layers))
+    made, report = fxr.rewrite(model, "conv_bn", X, expect={"conv_bn": 2})
+    assert checks.largest_error(checks.outputs(model, X), checks.outputs(made, X)) <= 1e-9
+    assert report.into == "modules"
+
+
+def test_the_run_leaves_nothing_behind() -> None:
+    """Buffers, hooks, attributes and torch's random numbers are as they were."""
+    model = parts(a=nn.Sequential(conv(), bn(), nn.Dropout()), b=bn().train())
+    model.a[2].train()
+    before, state = checks.Record(model), torch.get_rng_state()
+    fxr.rewrite(model, "conv_bn", X)
+    before.assert_unchanged(versions=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_inputs_that_the_model_does_not_take_are_an_error() -> None:
+    model = parts(a=nn.Sequential(conv(), bn()))
+    with pytest.raises(fxr.FxRewriteError, match="can't be called with these example_inputs"):
+        fxr.rewrite(model, "conv_bn", X[:, :2])
+
+
+@fxr.pattern
+class Act:
+    """An activation, and what it reads."""
+
+    x: fxr.Value
+    act: nn.ReLU
+
+
+@fxr.rule(where=[fxr.known_rank("x")])
+def tanh(m: Act) -> fxr.Replace:
+    return fxr.Replace(nn.Tanh())
+
+
+def test_rules_learn_shapes_in_parts_that_are_always_called_with_the_same() -> None:
+    model = parts(a=nn.Sequential(nn.ReLU()))
+    assert not fxr.plan(model, tanh).applied
+    assert fxr.plan(model, tanh, X).applied
+
+    def twice(m: Any, x: torch.Tensor) -> Any:
+        return m.a(x).sum() + m.a(x[:1]).sum() if x.sum() > -1e9 else x
+
+    model = Forward(twice, a=nn.Sequential(nn.ReLU())).double()
+    assert not fxr.plan(model, tanh, X).applied
+
+
+def test_what_is_no_module_is_named_with_its_part() -> None:
+    def functional(m: Any, x: torch.Tensor) -> Any:
+        return F.batch_norm(x, torch.zeros(4), torch.ones(4))
+
+    a, b = Forward(functional, bn=bn()), Forward(functional, bn=bn())
+    report = fxr.plan(parts(a=a, b=b), "conv_bn")
+    anchors = [each.anchor for each in report.findings]
+    assert anchors == ["a.batch_norm", "b.batch_norm", "a.bn", "b.bn"]
+    assert report.why("b.batch_norm").startswith("b.batch_norm: missed")
