@@ -12,8 +12,8 @@ import attrs
 from .errors import ExpectationError, UnknownNameError
 from .renaming import Became
 from .sites import Alone, Miss, in_one_line
+from .tracing.assumption import Assumption
 from .tracing.explaining import Stop
-from .tracing.specialising import Assumption
 
 Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")

@@ -270,6 +270,44 @@ def test_the_mode_of_a_part_alone_counts_too() -> None:
         made(X.float())
 
 
+def test_a_check_of_a_part_that_a_leaf_contains_stands_outside_of_the_leaf() -> None:
+    """The leaf is the model's own module, and gets no new member."""
+
+    def forward(m: Any, x: Any) -> Any:
+        return m.whole(x) + m.whole.inner(x)
+
+    model = nets.Forward(forward, whole=nn.Sequential()).double()
+    model.whole.add_module("inner", inner := model_of(ByModeOfDropout))
+    made, report = fxr.rewrite(model, "conv_bn", into="graph", leaf_modules=["whole"])
+    assert torch.allclose(made(X), model(X))
+    assert not hasattr(inner, "expect")
+    assert [each.check for each in report.assumptions] == ["expect"]
+    made.train()
+    with pytest.raises(fxr.SpecialisedError):
+        made(X)
+
+
+class NeedsItsInput(Body):
+    """All may be left out, but then it raises."""
+
+    def forward(self, x: Any = None, flag: Any = None, more: Any = False) -> Any:
+        if x is None:
+            raise ValueError("x has to be given")
+        flag = flag if flag is not None else False
+        y = self.body(x)
+        return (y, x) if flag or more else y
+
+
+def test_what_a_model_does_not_run_without_is_not_left_out() -> None:
+    model = model_of(NeedsItsInput)
+    made, report = fxr.rewrite(model, "conv_bn", into="graph", expect={"conv_bn": 1})
+    assert torch.allclose(made(X), model(X))
+    assert {each.argument for each in report.assumptions} == {"x", "flag", "more"}
+    for args in ((None,), (X, True), (X, None, True)):
+        with pytest.raises(fxr.SpecialisedError):
+            made(*args)
+
+
 def test_the_error_says_what_was_asked_where_and_what_to_do() -> None:
     made, report = fxr.rewrite(model_of(OptionalMask), "conv_bn", into="graph")
     with pytest.raises(fxr.SpecialisedError) as error:

@@ -21,24 +21,28 @@ def attempt_as_graph(
     Those are the ones that the forward asks of what they are, or that it branches on; one that the
     model does not run without is left as it is. The graph checks that they are left out.
     """
-    found = attempt(model, leaf_modules, tracer)
+    plain = found = attempt(model, leaf_modules, tracer)
     if isinstance(model, fx.GraphModule):
         return found
-    optional, was_whole = _optional_arguments(model), found.is_whole
+    optional = _optional_arguments(model)
     left_out: dict[str, str] = {}
     tried: set[str] = set()
     while new := {n: line for n in optional if n not in tried and (line := _asks(found, n))}:
         tried |= new.keys()
-        for trial in (new, *({name: line} for name, line in new.items())):
+        # What is left out last is the first argument, which is the input of most models.
+        but_first = {name: line for name, line in new.items() if name != optional[0]}
+        for trial in (new, but_first, *({name: line} for name, line in new.items())):
             other = attempt(model, leaf_modules, tracer, left_out | trial)
-            if _failures(other) <= _failures(found):
+            if other.is_whole:
                 found, left_out = other, left_out | trial
-                if trial is new:
+                if trial in (new, but_first):
                     break
-    for name in () if was_whole else tuple(left_out):
+    if not found.is_whole:
+        return plain
+    for name in () if plain.is_whole else tuple(left_out):
         rest = {each: line for each, line in left_out.items() if each != name}
         other = attempt(model, leaf_modules, tracer, rest)
-        if _failures(other) <= _failures(found) and not _asks(other, name):
+        if other.is_whole and not _asks(other, name):
             found, left_out = other, rest
     return found
 
@@ -57,7 +61,3 @@ def _asks(traced: Traced, argument: str) -> str:
     lines = [each.line for each in traced.assumptions if each.argument == argument]
     lines += [each.line or each.reason for each in traced.stops]
     return lines[0] if lines else ""
-
-
-def _failures(traced: Traced) -> tuple[bool, int]:
-    return traced.graph is None, len(traced.stops)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Container, Iterable, Mapping
-from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -19,46 +16,11 @@ from torch import fx, nn
 from ..expecting import Equal, Expectation, LeftOut, Mode, NotNone, NotSame, OfType
 from ..modules import fresh_name
 from .asking import Question, questions
+from .assumption import Assumption, message
+from .forward_code import is_of_a_forward, line_of
 from .kinds import Kinds
 from .operands import Unclear, evaluate, holds_proxy, lookup, spelt
 from .proxies import Proxy
-
-
-@attrs.frozen
-class Assumption:
-    """Something that a forward asks and that a graph answers once and for all.
-
-    `name` is the qualified name of the module whose forward asks, empty for the model itself, and
-    `argument` is the argument of the model that it asks of, if it is one. `check` is the qualified
-    name of the step by which the graph makes sure of the answer, None where there can't be one.
-    `is_mode` says that it asks for the mode, training or not, and not what a value is.
-    """
-
-    name: str
-    kind: str
-    line: str
-    reason: str
-    argument: str | None = None
-    check: str | None = None
-    is_mode: bool = False
-
-    def __str__(self) -> str:
-        """What is taken for granted, and the line."""
-        return f"{self.reason}, at {self.line}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The assumption as plain data."""
-        return attrs.asdict(self)
-
-    def advice(self, kind: str) -> str:
-        """What to tell somebody who asked for one graph of a model of this kind."""
-        keep = f"keep that module as one node with leaf_modules=[{self.name!r}], or "
-        return (
-            f"{kind} can't be one graph since {self.kind} asks, at\n  {self.line}\n"
-            f"what only a real run can answer: {self.reason}.\n"
-            f"Leave out into='graph' to keep the forward as it is; or else "
-            f"{keep if self.name else ''}pass a tracer= or a GraphModule of your own."
-        )
 
 
 @attrs.frozen(eq=False)
@@ -112,11 +74,19 @@ class Watch:
     def assumptions(self, graph: fx.Graph, raised: Iterable[str]) -> tuple[Assumption, ...]:
         """What the graph takes for granted, but not what was asked in modules that raised."""
         live, gone = set(graph.nodes), tuple(f"{name}." for name in raised)
-        return tuple(
-            each
-            for each, node in self._found.values()
-            if (node in live if node is not None else not f"{each.name}.".startswith(gone))
-        )
+        whole = {str(node.target) for node in live if node.op == "call_module"}
+        found = []
+        for each, node in self._found.values():
+            if node is None and not f"{each.name}.".startswith(gone):
+                found.append(each)
+            elif node in live and node is not None and each.check is not None:
+                if _is_below(each.check, whole):  # which is the model's own
+                    check = self._free_name("")
+                    node.target = check
+                    self.expectations[check] = self.expectations.pop(each.check)
+                    each = attrs.evolve(each, check=check)
+                found.append(each)
+        return tuple(found)
 
     def class_for(self, frame: FrameType, node: fx.Node) -> type[Any] | None:
         """The class of a value, for a frame of a forward that is just asking; else None."""
@@ -126,9 +96,9 @@ class Watch:
 
     def uses_as_key(self, value: fx.Proxy, frame: FrameType) -> None:
         """Note that a value is looked up in a set or a dictionary, where it can't be found."""
-        if _is_watched(frame.f_code):
+        if is_of_a_forward(frame.f_code):
             reason = "it looks a value up in a set or a dictionary"
-            self._add(_line(frame), reason, argument=_argument(value))
+            self._add(line_of(frame), reason, argument=_argument(value))
 
     def _at_default(self, fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         fn, arguments = self._arguments(fn, is_module, concrete_args)
@@ -195,7 +165,7 @@ class Watch:
         return self._in_forward
 
     def _learn(self, code: CodeType) -> _Known:
-        known = _Known(code, questions(code) if _is_watched(code) else {})
+        known = _Known(code, questions(code) if is_of_a_forward(code) else {})
         self._known[id(code)] = known
         return known
 
@@ -208,13 +178,13 @@ class Watch:
         except Exception:  # any that user code raises, which is asked for an attribute, say
             arguments = (_argument(each) for each in named if isinstance(each, fx.Proxy))
             argument = next(filter(None, arguments), None)
-            self._add(_line(frame), "it asks what a value is", argument=argument)
+            self._add(line_of(frame), "it asks what a value is", argument=argument)
 
     def _decide(self, frame: FrameType, question: Question) -> None:
         if question.operands is None:
             raise Unclear
         values = [evaluate(each, frame, self._tracer.graph) for each in question.operands]
-        texts, line = [spelt(each) for each in question.operands], _line(frame)
+        texts, line = [spelt(each) for each in question.operands], line_of(frame)
         if question.kind == "training":
             self._decide_mode(values[0], line)
         elif question.kind == "is":
@@ -269,6 +239,10 @@ class Watch:
         reason = f"{texts[0]} is {'' if answer else 'not '}of type {texts[1]}"
         self._add(line, reason, lambda text: OfType(text, types, answer), (value,), argument)
 
+    def _free_name(self, name: str) -> str:
+        """A qualified name for a check of the module of that name."""
+        return fresh_name(f"{name}.expect".lstrip("."), _Taken(self._model, self.expectations))
+
     def _add(
         self,
         line: str,
@@ -286,13 +260,21 @@ class Watch:
             return
         check, node, is_mode = None, None, False
         if how is not None:
-            expectation = how(_message(kind, reason, line))
+            expectation = how(message(kind, reason, line))
             is_mode = isinstance(expectation, Mode)
             check = fresh_name(f"{name}.expect".lstrip("."), _Taken(self._model, self.expectations))
             self.expectations[check] = expectation
             node = self._tracer.create_proxy("call_module", check, given, {}).node
         assumption = Assumption(name, kind, line, reason, argument, check, is_mode)
         self._found[key] = assumption, node
+
+
+def _is_below(name: str, others: Container[str]) -> bool:
+    """Whether a qualified name is inside one of some others."""
+    while (name := name.rpartition(".")[0]) != "":
+        if name in others:
+            return True
+    return False
 
 
 class _Taken:
@@ -314,14 +296,6 @@ def _evaluated(function: Any, argument: str) -> Any:
         return None
 
 
-def _message(kind: str, reason: str, line: str) -> str:
-    return (
-        f"this graph of {kind} was traced where {reason}, which the forward asks at\n"
-        f"  {line}\n"
-        "and a graph goes one way only; rewrite(..., into='modules') keeps the forward as it is."
-    )
-
-
 def _argument(value: fx.Proxy) -> str | None:
     """The argument of the model that a value is, if it is one by itself."""
     node = value.node
@@ -333,31 +307,3 @@ def _is_importable(kind: Any) -> bool:
     """Whether a graph that names a type can be pickled."""
     found = sys.modules.get(getattr(kind, "__module__", ""))
     return isinstance(kind, type) and getattr(found, kind.__qualname__, None) is kind
-
-
-def _line(frame: FrameType) -> str:
-    code = frame.f_code
-    at = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
-    return f"{at.filename}:{at.lineno}: {at.line}"
-
-
-_TORCH = Path(torch.__file__).parent
-# Torch's own code that may be part of a forward; the rest of it handles values for FX.
-_OF_FORWARDS = tuple(
-    f"{_TORCH}/{name}"
-    for name in ("functional.py", "nn/functional.py", "nn/modules/", "utils/checkp")
-)
-_NOT_WATCHED = (f"{Path(__file__).parent.parent}/", f"{_TORCH}/", "<frozen")
-_PYTHON = f"{sysconfig.get_paths()['stdlib']}/"
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_watched(code: CodeType) -> bool:
-    """Whether a function may belong to a forward."""
-    path = code.co_filename
-    if code is torch.is_tensor.__code__:
-        return True
-    if path.startswith(_OF_FORWARDS):
-        return not path.endswith("nn/modules/module.py")
-    is_python = path.startswith(_PYTHON) and "site-packages" not in path
-    return not is_python and not path.startswith(_NOT_WATCHED)

@@ -15,9 +15,10 @@ from ..errors import TraceError
 from ..modules import _parent_name
 from ..snapshot import ModelState
 from ..soundness import has_hooks
+from .assumption import Assumption
 from .explaining import Stop, stop
 from .proxies import Proxy
-from .specialising import Assumption, Watch
+from .specialising import Watch
 from .tolerance import tolerant
 from .watching import watched
 

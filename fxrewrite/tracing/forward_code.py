@@ -1,0 +1,40 @@
+"""Which code belongs to a forward, as opposed to what handles the values of a trace for FX."""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+import traceback
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+
+def line_of(frame: FrameType) -> str:
+    """Where a frame is: file, number and text of the line."""
+    code = frame.f_code
+    at = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
+    return f"{at.filename}:{at.lineno}: {at.line}"
+
+
+_TORCH = Path(torch.__file__).parent
+# Torch's own code that may be part of a forward; the rest of it handles values for FX.
+_OF_FORWARDS = tuple(
+    f"{_TORCH}/{name}"
+    for name in ("functional.py", "nn/functional.py", "nn/modules/", "utils/checkp")
+)
+_NOT_WATCHED = (f"{Path(__file__).parent.parent}/", f"{_TORCH}/", "<frozen")
+_PYTHON = f"{sysconfig.get_paths()['stdlib']}/"
+
+
+@functools.lru_cache(maxsize=4096)
+def is_of_a_forward(code: CodeType) -> bool:
+    """Whether a function may belong to a forward."""
+    path = code.co_filename
+    if code is torch.is_tensor.__code__:
+        return True
+    if path.startswith(_OF_FORWARDS):
+        return not path.endswith("nn/modules/module.py")
+    is_python = path.startswith(_PYTHON) and "site-packages" not in path
+    return not is_python and not path.startswith(_NOT_WATCHED)
