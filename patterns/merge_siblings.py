@@ -112,14 +112,13 @@ of_any_size = fxr.RuleSet(
 def stacked(layers: Sequence[Any], **attributes: Any) -> Any:
     """The first layer, with the outputs of all, one after the other.
 
-    What has no bias gets one of -0.0, the number that changes no other when it is added: 0.0 would
-    make 0.0 of -0.0.
+    What has no bias gets one of 0.0, from which a sum of products starts anyway.
     """
     weight = torch.cat([layer.weight for layer in layers])
     if all(layer.bias is None for layer in layers):
         return fxr.evolve(layers[0], weight=weight, **attributes)
     biases = [
-        layer.weight.new_full(layer.weight.shape[:1], -0.0) if layer.bias is None else layer.bias
+        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         for layer in layers
     ]
     return fxr.evolve(layers[0], weight=weight, bias=torch.cat(biases), **attributes)

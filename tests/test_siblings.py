@@ -79,12 +79,16 @@ def test_the_tensors_of_each_sibling_are_in_the_new_ones():
     assert str(report.parameter_names["v.bias"]) == "folded into q.weight, q.bias"
 
 
-def test_a_layer_without_a_bias_gets_one_that_changes_no_number_not_even_minus_zero():
+@pytest.mark.parametrize("rows", [1, 10])
+def test_a_layer_without_a_bias_gets_one_that_changes_no_number_and_no_sign_of_zero(rows):
+    """It is 0.0, from which torch starts to add up products, be they negative zeros all."""
     model = attention(returned="torch.sign(1 / q), torch.sign(1 / k), torch.sign(1 / v)")
     with torch.no_grad():
-        model.k.weight.zero_()
+        model.k.weight.fill_(1e-200)
     made, _ = fxr.rewrite(model, merge)
-    negative = -torch.ones_like(x)
+    assert not torch.signbit(made.q.bias[6:8]).any()
+    assert not made.q.bias[6:8].any()
+    negative = torch.full((rows, 4), -1e-200, dtype=torch.float64)
     assert torch.equal(made(negative)[1], model(negative)[1])
 
 
@@ -375,6 +379,17 @@ def test_exported_programs(decomposed):
     assert {type(n.target) for n in made.graph.nodes if "split" in n.name} == {
         torch._ops.OpOverload
     }
+
+
+@pytest.mark.parametrize(
+    ("view", "is_fit"),
+    [("k.view(2, 5, -1, 1)", True), ("k.view(5, 2, -1)", False), ("k.view(2, 1, -1, 1)", False)],
+)
+def test_a_program_keeps_its_sizes_so_numbers_will_do(view, is_fit):
+    model = attention(returned=f"F.relu(q), {view} * 2, v * 2")
+    program = torch.export.export(model, (x,))
+    report = fxr.plan(program, merge)
+    assert len(report.applied[0].steps) == (3 if is_fit else 2)
 
 
 def test_around_a_backend_of_torch_compile():
