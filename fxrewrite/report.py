@@ -173,27 +173,41 @@ class Report:
         Raises:
             UnknownNameError: the model has nothing of that name.
         """
-        known = self.modules.get(name, name)
+        names = self.names(name)
         found = list(self.findings)
         if name:
-            found = [f for f in found if f.is_about(name) or f.is_about(known)]
-            if not found and known in self.bystanders:
-                return _of_bystanders(name, self.bystanders[known])
-            found = found or [f for f in self.findings if f.anchor.startswith(f"{name}.")]
+            found = [f for f in found if any(map(f.is_about, names))]
+            near = next((each for each in names if each in self.bystanders), None)
+            if not found and near is not None:
+                return _of_bystanders(name, self.bystanders[near])
+            inside = self._inside(name)
+            found = found or [f for f in self.findings if inside(f.anchor)]
         if found:
             return "\n".join(str(each) for one in found for each in (one, *one.others))
         if name not in self.modules and name not in self.nodes:
-            near = difflib.get_close_matches(name, sorted({*self.modules, *self.nodes}))
-            hint = f"; there are {', '.join(near)}" if near else ""
+            like = difflib.get_close_matches(name, sorted({*self.modules, *self.nodes}))
+            hint = f"; there are {', '.join(like)}" if like else ""
             raise UnknownNameError(f"the model has no module and no node named {name!r}{hint}")
-        if name and known in self.unreached:
-            return f"{name}: {self.unreached[known]}"
-        inside = [each for each in self.bystanders if each.startswith(f"{name}.")]
-        if inside:
-            shown = f"{', '.join(inside[:3])}{' and others' if len(inside) > 3 else ''}"
+        reason = next((self.unreached[each] for each in names if each in self.unreached), None)
+        if name and reason is not None:
+            return f"{name}: {reason}"
+        around = [each for each in self.bystanders if name and inside(each)]
+        if around:
+            shown = f"{', '.join(around[:3])}{' and others' if len(around) > 3 else ''}"
             return f"{name}: no match includes anything of it; there might have been one at {shown}"
         kind = "module" if name in self.modules else "node"
         return f"{name}: no rule looks for a {kind} of this kind, and no match includes it"
+
+    def names(self, name: str) -> list[str]:
+        """A module's qualified names, the one given first; or a node's name alone."""
+        known = self.modules.get(name, name)
+        aliases = (k for k, first in self.modules.items() if first == known)
+        return list(dict.fromkeys((name, known, *aliases)))
+
+    def _inside(self, name: str) -> Callable[[str], bool]:
+        """Whether a name is that of something inside a container, whatever that is called."""
+        below = {first for k, first in self.modules.items() if k.startswith(f"{name}.")}
+        return lambda each: each.startswith(f"{name}.") or self.modules.get(each) in below
 
     def check(self, expected: Mapping[str, int]) -> None:
         """Raise ExpectationError unless each rule or rule set applied as often as expected.

@@ -145,6 +145,24 @@ def test_a_module_that_no_call_reaches_says_so() -> None:
     )
 
 
+def test_what_is_inside_of_an_alias_is_known_by_it() -> None:
+    """Under each of its names a container, and what is in it, has the same answers."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # it is traced in parts, and a part has the name that it is called by
+            x = x + 1
+        return m.block(x)
+
+    inner = bn()
+    model = Forward(forward, alone=inner, block=nn.Sequential(conv(), nn.ReLU(), inner))
+    model.other = model.block
+    report = fxr.plan(model, "conv_bn")
+    assert report.why("block.2").startswith("block.2: missed by fold_conv_bn: it reads block.1")
+    pairs = ("block.2", "alone"), ("block.2", "other.2"), ("block", "other"), ("block.0", "other.0")
+    for one, other in pairs:
+        assert report.why(one).partition(":")[2] == report.why(other).partition(":")[2]
+
+
 def test_a_container_names_what_in_it_was_near_a_match() -> None:
     """Where nothing of it took part in a match, it says whom to ask."""
     model = Forward(lambda m, x: m.block(x), block=nn.Sequential(conv(), nn.ReLU()))

@@ -163,7 +163,7 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
 
 def _is_told_by(rule: Rule[Any], node: fx.Node, report: Report) -> bool:
     """Whether a rule's answer at an anchor is in the report, or else that another one applied."""
-    names = {name_of(node), node.name}
+    names = {node.name, *report.names(name_of(node))}
     told = [each for each in report.findings if any(map(each.is_about, names))]
     said = (one.rule for each in told for one in (each, *each.others))
     return rule.name in said or any(each.outcome == "applied" for each in told)
@@ -179,7 +179,7 @@ def _meant(node: fx.Node) -> tuple[type, ...]:
 
 
 def _is_told(report: Report, *names: str) -> bool:
-    known = {*names, *(report.modules.get(name, name) for name in names)}
+    known = {alias for name in names for alias in report.names(name)}
     return any(each.is_about(name) for each in report.findings for name in known)
 
 
