@@ -193,7 +193,9 @@ def test_a_repeated_step_is_watched_too():
 
 @pytest.mark.parametrize("answer", [None, 3, "no", nn.ReLU(), nn.ReLU, (fxr.Bypass(),), fxr.Bypass])
 def test_a_rule_returns_an_action_and_nothing_else(answer):
-    message = re.escape(f"returned {answer!r}, not a Replace, Revise, Call or Bypass; to decline")
+    message = re.escape(
+        f"returned {answer!r}, not a Replace or Revise or Call or Bypass; to decline"
+    )
     if isinstance(answer, str):
         message = "returned 'no'"
     fails(rule(lambda m: answer), message)

@@ -12,7 +12,8 @@ import torch
 from fxrewrite.patterns.conv_bn import ConvBn, fold_conv_bn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
 import fxrewrite as fxr
@@ -209,7 +210,7 @@ def test_a_difference_that_no_rule_made() -> None:
     """A forward that does something else when traced is not blamed on a rule."""
 
     def forward(net: Any, x: Any) -> Any:
-        return net.body(x if isinstance(x, fx.Proxy) else 2 * x)
+        return net.body(x if is_fx_symbolic_tracing() else 2 * x)
 
     found = fxr.localise(nets.Forward(forward, body=chain(2)), "conv_bn", X)
     assert found.guilty == ()
