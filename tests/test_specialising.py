@@ -494,6 +494,26 @@ def test_a_size_is_no_tensor_whatever_it_is_the_size_of(into: Any) -> None:
     torch.testing.assert_close(made(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+class AsksOfAnActivation(Body):
+    """As timm's HRNet does: the head takes a list of features or one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.body(x))
+        return y[-1] if isinstance(y, list) else y
+
+
+def test_what_an_activation_gives_is_a_tensor_in_place_or_not() -> None:
+    """So the model is one graph by default, and nothing is taken for granted."""
+    model = model_of(AsksOfAnActivation)
+    made, report = fxr.rewrite(model, "conv_bn")
+    assert (report.into, len(report.applied), report.assumptions) == ("graph", 1, ())
+    torch.testing.assert_close(made(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 # A random forward is a few steps, each of which asks something of an argument or of the mode.
 ASKING: dict[str, Any] = {
     "a is None": lambda m, y, a, b: y if a is None else y + 1,

@@ -35,6 +35,7 @@ class Part(nn.Module):
         self.seq = nn.Sequential(conv(), bn())
         self.both = [self.conv, self.bn]
         self.fixed, self.absent, self.sizes = True, None, [1, 2]
+        self.kept = {"bn": 0}
         for name, member in members.items():
             setattr(self, name, member)
         self.code = code
@@ -86,6 +87,10 @@ def rewritten(model: nn.Module, applied: int) -> fxr.Report:
 
 
 FOLDED = "y = self.bn(self.conv(x))\nif flag is True:\n    "
+BY_NAME = (
+    "for name in ('conv', 'bn'):\n    x = getattr(self, name)(x)\n"
+    "    if name in self.kept:\n        return x\nreturn x"
+)
 REFUSED = {
     "an early return": "y = self.conv(x)\nif flag is True:\n    return y\nreturn self.bn(y)",
     "a branch without the norm": (
@@ -122,6 +127,7 @@ REFUSED = {
     ),
     "an unknown function": FOLDED + "y = next(iter(self.modules())).conv(y)\nreturn y",
     "an attribute that is set": FOLDED + "self.other = self.conv\n    y = self.other(y)\nreturn y",
+    "a key that is added": "if flag is True:\n    self.kept['conv'] = 1\n" + BY_NAME,
     "its type": "y = self.bn(self.conv(x))\nreturn y * isinstance(self.bn, nn.BatchNorm2d)",
 }
 
@@ -145,6 +151,7 @@ APPLIED = {
     "a known loop": "for layer in self.layers:\n    x = layer(x)\nreturn x",
     "pairs": ("for c, b in zip(self.layers[:1], self.layers[1:]):\n    x = b(c(x)) + 1\nreturn x"),
     "by a fixed name": "for name in ('conv', 'bn'):\n    x = getattr(self, name)(x)\nreturn x",
+    "keys of a dictionary": BY_NAME,
     "a pair on both sides": ("if mask is None:\n    return self.pair(x) * 2\nreturn self.pair(x)"),
     "whatever happens later": (
         "y = self.bn(self.conv(x))\ntry:\n    y = y + mask\nexcept TypeError:\n    pass\n"

@@ -199,6 +199,12 @@ class Expressions:
             return UNKNOWN
         if isinstance(node.ops[0], ast.Is | ast.IsNot):
             return self._identity(values, isinstance(node.ops[0], ast.Is))
+        if isinstance(node.ops[0], ast.In | ast.NotIn):
+            pairs = list(itertools.product(*values))
+            found = [objects.is_key(one, other, self.reader) for one, other in pairs]
+            if pairs and None not in found:
+                is_in = isinstance(node.ops[0], ast.In)
+                return joined(*[known(each is is_in) for each in found])
         return self._computed(node, node.ops[0], values)
 
     def _identity(self, values: list[Value], positive: bool) -> Value:

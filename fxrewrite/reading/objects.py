@@ -53,6 +53,16 @@ def truth(atom: Atom, reader: Reader) -> bool | None:
     return True if plain else None
 
 
+def is_key(atom: Atom, container: Atom, reader: Reader) -> bool | None:
+    """Whether a text or number is in a dictionary or set that stays as it is; None if unclear."""
+    if not isinstance(atom, Known) or not isinstance(container, Known):
+        return None
+    key, held = atom.value, container.value
+    if type(key) not in (str, int) or type(held) not in (dict, set, frozenset):
+        return None
+    return None if reader.is_changing(held, None) else key in held
+
+
 def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
     """What `atom.name` may give."""
     if not isinstance(atom, Known):

@@ -89,7 +89,10 @@ class Kinds:
                 return source
             several = getattr(module, "return_indices", False)
             several = several or isinstance(module, nn.MultiheadAttention)
-            return (torch.Tensor, True) if is_fresh_module(module) and not several else _UNKNOWN
+            # An activation that writes in place takes nothing but a tensor, either.
+            is_activation = type(module).__module__ == nn.modules.activation.__name__
+            is_one = is_fresh_module(module) or is_activation
+            return (torch.Tensor, True) if is_one and not several else _UNKNOWN
         if node.op == "call_method":
             return _of_method(node, source)
         if node.target is operator.getitem and node.args[1] == 0 and self._is_recurrent(node):
