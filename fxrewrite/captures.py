@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,23 +13,44 @@ from .sites import Link, Site
 from .steps import Call, Pattern, Siblings, Value
 from .view import GraphView
 
+# The shape and type of a tensor that a run showed.
+Shown = tuple[torch.Size, torch.dtype]
+
 
 def capture(site: Site, view: GraphView) -> Any:
     """The match that a rule is given: an instance of the pattern's class."""
-    return _instance(site.pattern, site.links, site.input, view)
+    return _instance(site.pattern, site.links, site.input, view, value_of)
 
 
-def _instance(pattern: Pattern, links: tuple[Link, ...], start: fx.Node, view: GraphView) -> Any:
+def capture_elsewhere(site: Site, view: GraphView, shown: Shown | None) -> Any:
+    """The match as it would be where the chain is called on such a tensor, or on who knows what."""
+
+    def value(node: fx.Node) -> Value:
+        if shown is None or node is not site.input:
+            return Value(node.name, node=node)
+        shape, dtype = shown
+        return Value(node.name, tuple(shape), dtype, len(shape), node)
+
+    return _instance(site.pattern, site.links, site.input, view, value)
+
+
+def _instance(
+    pattern: Pattern,
+    links: tuple[Link, ...],
+    start: fx.Node,
+    view: GraphView,
+    value_at: Callable[[fx.Node], Value],
+) -> Any:
     fields: dict[str, Any] = {}
     own = links[-1].branch
     for branch in pattern.branches:
         path = f"{own}{branch.name}."
         inner = tuple(each for each in links if each.branch.startswith(path))
         if inner:
-            fields[branch.name] = _instance(branch.pattern, inner, start, view)
+            fields[branch.name] = _instance(branch.pattern, inner, start, view, value_at)
     trunk = [each for each in links if each.branch == own]
     for link in trunk:
-        value = _captured(link, view)
+        value = _captured(link, view, value_at)
         if link.step.repeats or link.step.siblings:
             value = (*fields.get(link.step.name, ()), value)
         fields[link.step.name] = value
@@ -36,20 +58,20 @@ def _instance(pattern: Pattern, links: tuple[Link, ...], start: fx.Node, view: G
         fields[pattern.steps[0].name] = Siblings(fields[pattern.steps[0].name])
     for name, index in pattern.values:
         if index == 0:
-            fields[name] = value_of(start)
+            fields[name] = value_at(start)
             continue
         following = {step.name for step in pattern.steps[index:]}
         reads = (link.source for link in trunk if link.step.name in following)
-        fields[name] = value_of(next(reads, trunk[-1].node))
+        fields[name] = value_at(next(reads, trunk[-1].node))
     return pattern.cls(**fields)
 
 
-def _captured(link: Link, view: GraphView) -> Any:
+def _captured(link: Link, view: GraphView, value_at: Callable[[fx.Node], Value]) -> Any:
     plain = None if link.module is None else without_parametrizations(link.module)
     if not link.step.captures_call:
         return plain
     kwargs = {
-        name: fx.node.map_arg(value, lambda node: _resolved(node, view))
+        name: fx.node.map_arg(value, lambda node: _resolved(node, view, value_at))
         for name, value in view.arguments(link.node).items()
         if name not in (link.takes if isinstance(link.takes, tuple) else (link.takes,))
     }
@@ -57,12 +79,12 @@ def _captured(link: Link, view: GraphView) -> Any:
     return Call.captured(function, kwargs, link.takes, link.node)
 
 
-def _resolved(node: fx.Node, view: GraphView) -> Any:
+def _resolved(node: fx.Node, view: GraphView, value_at: Callable[[fx.Node], Value]) -> Any:
     if view.is_constant(node):
         value = view.constant(node)
         if isinstance(value, torch.Tensor | nn.Module):
             return value
-    return value_of(node)
+    return value_at(node)
 
 
 def value_of(node: fx.Node) -> Value:

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import nn
 
 from .actions import Action, Bypass, Replace, Revise, Split
+from .captures import Shown, value_of
 from .effects import Effects, hands_on
 from .reading.flows import Flows
 from .sites import Link, Site, describe, name_of
@@ -31,6 +32,9 @@ class Destination(Protocol):
     ) -> str | None:
         """Why the outcome of this site can't be had there, or None."""
 
+    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
+        """What else the chain may be called on than in the graph; None for who knows what."""
+
 
 class IntoGraph:
     """A graph module: whatever the view's graph can say."""
@@ -40,6 +44,10 @@ class IntoGraph:
     ) -> str | None:
         """Nothing is refused."""
         return None
+
+    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
+        """A graph has one call for each."""
+        return ()
 
 
 class IntoModules:
@@ -69,8 +77,7 @@ class IntoModules:
         if isinstance(action, Revise):
             changed = [link for link in changed if link.step.name in action.steps]
         for link in changed:
-            is_module = link.module is not None and name_of(link.node) in view.modules
-            if not is_module or len(link.sources) > 1:
+            if not self._is_called(link) or len(link.sources) > 1:
                 return (
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
                     f"it is in a module tree; {_ELSEWHERE}"
@@ -100,6 +107,22 @@ class IntoModules:
                 return reason
         return self._parted(site, changed, action, slot)
 
+    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
+        """What the run showed of other calls; of calls that it did not show, nothing is known."""
+        called = [link for link in site.links if self._is_called(link)]
+        if not called:
+            return ()
+        module, shown = self._original(called[0]), []
+        if self._witness is not None and called[0] is site.links[0]:
+            shown = self._witness.shown(module, self._gone | self._idle)
+        most = self._flows.most_calls(module)
+        reads_more = most != 1 and any(link.step.captures_call for link in site.links)
+        if most != max(1, len(shown)) or reads_more:  # the trace shows one call in any case
+            shown.append(None)
+        traced = value_of(site.input)
+        here = None if traced.rank is None else (traced.shape, traced.dtype)
+        return [each for each in dict.fromkeys(shown) if each != here]
+
     def _parted(
         self, site: Site, changed: Sequence[Link], action: Action, slot: Link | None
     ) -> str | None:
@@ -112,13 +135,16 @@ class IntoModules:
             [self._original(link) for link in changed if not self._stays(link, action)],
             self._gone,
             late=any(link.node < node for link in gone for node in stays),
-            once=bool(site.pattern.values) and "val" in site.input.meta,
         )
         if reason is None and self._witness is not None:
             reason = self._witness.refusal(chain, self._gone | self._idle)
         if reason is None:
             self._gone |= {id(self._original(link)) for link in gone}
         return reason
+
+    def _is_called(self, link: Link) -> bool:
+        """Whether a link is a call of a module of the model."""
+        return link.module is not None and name_of(link.node) in self._view.modules
 
     def _original(self, link: Link) -> nn.Module:
         return self._view.modules[name_of(link.node)]

@@ -181,7 +181,9 @@ class Engine:
         decided = (
             shared.action
             if shared is not None and only_modules
-            else self._script.decide(rule, site, self._view)
+            else self._script.decide(
+                rule, site, self._view, () if only_modules else self._destination.elsewhere(site)
+            )
         )
         if isinstance(decided, str):
             return decided

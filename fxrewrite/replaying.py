@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -9,8 +10,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .actions import Action, Replace
-from .captures import capture
-from .deciding import decide
+from .captures import Shown, capture, capture_elsewhere
+from .deciding import decide, same_action
 from .errors import FxRewriteError
 from .report import Finding
 from .ruleset import Rule
@@ -33,9 +34,24 @@ class Script:
         """Whether no further site may be rewritten."""
         return False
 
-    def decide(self, rule: Rule[Any], site: Site, view: GraphView) -> Action | str:
-        """The action that a rule wants for a site, or the reason why it is refused."""
+    def decide(
+        self, rule: Rule[Any], site: Site, view: GraphView, elsewhere: Sequence[Shown | None] = ()
+    ) -> Action | str:
+        """The action that a rule wants for a site, or the reason why it is refused.
+
+        Args:
+            rule: the rule.
+            site: the site.
+            view: the graph that it is of.
+            elsewhere: what the chain is called on elsewhere, where the rule has to want the same.
+        """
         answer = decide(rule, site, capture(site, view))
+        for shown in elsewhere:
+            if isinstance(answer, str):
+                break
+            other = decide(rule, site, capture_elsewhere(site, view, shown))
+            if isinstance(other, str) or not same_action(answer, other):
+                answer = _undecided(shown, other)
         self.answers.append((rule, site.last.name, answer))
         return answer
 
@@ -60,12 +76,22 @@ class Replay(Script):
         """Whether all sites that were wanted are rewritten."""
         return len(self.applied) >= self._sites
 
-    def decide(self, rule: Rule[Any], site: Site, view: GraphView) -> Action | str:
+    def decide(
+        self, rule: Rule[Any], site: Site, view: GraphView, elsewhere: Sequence[Shown | None] = ()
+    ) -> Action | str:
         """The answer of the time before, about the graph at hand."""
         known, at, answer = next(self._left, (None, "", ""))
         if known is None or known.name != rule.name or at != site.last.name:
             raise FxRewriteError(NOT_THE_SAME)
         return answer if isinstance(answer, str) else _moved(answer, view)
+
+
+def _undecided(shown: Shown | None, other: Action | str) -> str:
+    """Why a rule can't have its way where it would not have it at another call."""
+    said = other if isinstance(other, str) else "the rule asks for something else there"
+    if shown is None:
+        return f"it may also be called on nobody knows what: {said}"
+    return f"it is also called on a tensor of shape {tuple(shown[0])}: {said}"
 
 
 def _moved(action: Action, view: GraphView) -> Action:

@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import nn
 
+from .captures import Shown
 from .copying import copied
 from .errors import FxRewriteError
 from .proof.running import run
@@ -18,10 +19,14 @@ from .proof.running import run
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A call of a module, and the call that gave the very tensor which it was given."""
+    """A call of a module, and the call that gave the very tensor which it was given.
+
+    `given` is that tensor's shape and type, None if it was not called on one tensor alone.
+    """
 
     module: int
     source: _Call | None
+    given: Shown | None
 
 
 class Witness:
@@ -94,6 +99,21 @@ class Witness:
                 )
         return None
 
+    def shown(self, module: nn.Module, gone: Collection[int]) -> list[Shown | None]:
+        """Of each call of a module, the shape and type of the tensor that it was called on.
+
+        Args:
+            module: the module.
+            gone: the identities of modules that hand on what they are given by now.
+        """
+        found = []
+        for call in self._calls.get(id(module), ()):
+            first = call
+            while first.source is not None and first.source.module in gone:
+                first = first.source
+            found.append(first.given)
+        return found
+
     def inputs(self, part: str, names: Sequence[str]) -> tuple[Any, ...] | None:
         """What a part was called with, if it was the same shapes and dtypes in each call.
 
@@ -117,7 +137,8 @@ class Witness:
             tensors = [e for e in (*args, *kwargs.values()) if isinstance(e, torch.Tensor)]
             ref, source = self._made.get(id(tensors[0]), (None, None)) if tensors else (None, None)
             is_it = ref is not None and ref() is tensors[0]
-            self._open.append(_Call(key, source if is_it and len(tensors) == 1 else None))
+            given = (tensors[0].shape, tensors[0].dtype) if len(tensors) == 1 else None
+            self._open.append(_Call(key, source if is_it and given is not None else None, given))
             self._calls.setdefault(key, []).append(self._open[-1])
 
         return enter

@@ -102,6 +102,59 @@ def test_rules_learn_shapes_in_parts_that_are_always_called_with_the_same() -> N
     assert not fxr.plan(model, tanh, X).applied
 
 
+def twice(second: Any, **members: nn.Module) -> nn.Module:
+    """A model that calls a block on what it is given and on something else made of that."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        return m.a(x).sum() + m.a(second(x)).sum() if x.sum() > -1e9 else x
+
+    return Forward(forward, **members).double()
+
+
+def block(kind: Any) -> nn.Module:
+    layers = kind(3, 3, 1), (nn.BatchNorm1d if kind is nn.Conv1d else nn.BatchNorm2d)(3)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("second", [lambda x: x + 1, lambda x: x[:1]], ids=["alike", "smaller"])
+def test_a_block_that_is_called_twice_on_one_rank_folds(second: Any) -> None:
+    model, x = twice(second, a=block(nn.Conv2d)), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    made, report = fxr.rewrite(model, "conv_bn", x)
+    assert report.applied
+    assert checks.largest_error(checks.outputs(model, x), checks.outputs(made, x)) <= 1e-9
+
+
+def test_a_block_that_is_also_called_on_what_a_rule_refuses_stays() -> None:
+    """A batch norm in one dimension normalises no channels where there is no batch."""
+    model, x = twice(lambda x: x[0], a=block(nn.Conv1d)), torch.randn(2, 3, 3).double()
+    made, report = fxr.rewrite(model, "conv_bn", x)
+    assert "also called on a tensor of shape (3, 3): the Conv1d" in report.refused[0].reason
+    assert checks.largest_error(checks.outputs(model, x), checks.outputs(made, x)) <= 1e-9
+
+
+def test_a_rule_is_asked_once_more_where_a_module_is_called_again() -> None:
+    """Of all calls the run showed the rank; where it did not go, no rank is known."""
+    x = torch.randn(2, 3, 3).double()
+    assert fxr.plan(twice(lambda x: x + 1, a=nn.Sequential(nn.ReLU())), tanh, x).applied
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        return m.a(x) if x.sum() > -1e9 else m.a(x[0])
+
+    report = fxr.plan(Forward(forward, a=nn.Sequential(nn.ReLU())), tanh, x)
+    assert "may also be called on nobody knows what: the rank" in report.refused[0].reason
+
+
+@fxr.rule
+def add_rank(m: Act) -> fxr.Replace:
+    return fxr.Replace(nn.Threshold(0.0, float(m.x.rank or 0)))
+
+
+def test_a_rule_that_wants_something_else_at_another_call_is_refused() -> None:
+    x = torch.randn(2, 3, 3).double()
+    report = fxr.plan(twice(lambda x: x[0], a=nn.Sequential(nn.ReLU())), add_rank, x)
+    assert "the rule asks for something else there" in report.refused[0].reason
+
+
 def test_what_is_no_module_is_named_with_its_part() -> None:
     def functional(m: Any, x: torch.Tensor) -> Any:
         return F.batch_norm(x, torch.zeros(4), torch.ones(4))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from ..actions import Action, Replace, Split
+from ..captures import Shown
 from ..effects import Effects
 from ..modules import _parent_name, fresh_name
 from ..renewing import run_on_fakes
@@ -76,6 +77,10 @@ class Program:
         view.remarks.update(self._remarks)
         view.sizes_are_fixed = True  # but for those that its shapes have as symbols
         return view
+
+    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
+        """A graph has one call for each."""
+        return ()
 
     def refusal(
         self, site: Site, action: Action, slot: Link | None, effects: Effects

@@ -48,7 +48,6 @@ class Flows:
         gone: Collection[int],
         *,
         late: bool,
-        once: bool,
     ) -> str | None:
         """Why these modules can't be changed as if each were called on what the last one gave.
 
@@ -57,19 +56,21 @@ class Flows:
             changed: those of them that are to become others.
             gone: the identities of modules that hand on what they are given by now.
             late: whether what the first one reads would be read only where the last one is called.
-            once: whether what was decided holds for the call that was traced only.
         """
         for module in changed:
             where = self._escaped.get(id(module))
             if where is not None:
                 return f"{self._name(module)} may also be used by {where}"
-            if once and len(self._calls.get(id(module), ())) != 1:
-                return f"{self._name(module)} may be called more than once"
         for first, second in itertools.pairwise(chain):
             reason = self._parted(first, second, gone, late=late)
             if reason is not None:
                 return reason
         return None
+
+    def most_calls(self, module: nn.Module) -> int | None:
+        """How often a forward calls a module at most; None if nobody knows."""
+        calls = self._calls.get(id(module), ())
+        return None if any(call.loops for call in calls) else len(calls)
 
     def _parted(
         self, first: nn.Module, second: nn.Module, gone: Collection[int], *, late: bool
