@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fxrewrite.testing.written import compiled
+
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ANY_CONV = tuple(CONVS.values())
@@ -92,50 +94,51 @@ def chain_of_blocks(count: int) -> fx.GraphModule:
 # What follows is for random models. All values have one shape, so any step may follow any other.
 
 Step = tuple[Any, ...]
+Values = tuple[Any, ...]
 
 
-def call(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
-    return net.get_submodule(name)(values[at])
+def call(net: nn.Module, values: Values, module: nn.Module, at: int) -> Any:
+    return module(values[at])
 
 
-def call_by_keyword(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
-    return net.get_submodule(name)(input=values[at])
+def call_by_keyword(net: nn.Module, values: Values, module: nn.Module, at: int) -> Any:
+    return module(input=values[at])
 
 
-def read_weight(net: nn.Module, values: list[Any], name: str, at: int) -> Any:
-    return values[at] * net.get_submodule(name).weight.mean()
+def read_weight(net: nn.Module, values: Values, module: nn.Module, at: int) -> Any:
+    return values[at] * module.weight.mean()
 
 
-def relu(net: nn.Module, values: list[Any], at: int) -> Any:
+def relu(net: nn.Module, values: Values, at: int) -> Any:
     return F.relu(values[at])
 
 
-def relu_in_place(net: nn.Module, values: list[Any], at: int) -> Any:
+def relu_in_place(net: nn.Module, values: Values, at: int) -> Any:
     return F.relu(values[at], inplace=True)
 
 
-def scale_in_place(net: nn.Module, values: list[Any], at: int) -> Any:
+def scale_in_place(net: nn.Module, values: Values, at: int) -> Any:
     return values[at].mul_(0.5)
 
 
-def write_through_view(net: nn.Module, values: list[Any], at: int) -> Any:
+def write_through_view(net: nn.Module, values: Values, at: int) -> Any:
     values[at][:, :1].add_(1.0)
     return values[at]
 
 
-def view(net: nn.Module, values: list[Any], at: int) -> Any:
+def view(net: nn.Module, values: Values, at: int) -> Any:
     return values[at].view_as(values[0])
 
 
-def add(net: nn.Module, values: list[Any], at: int, other: int) -> Any:
+def add(net: nn.Module, values: Values, at: int, other: int) -> Any:
     return values[at] + values[other]
 
 
-def chunk_and_cat(net: nn.Module, values: list[Any], at: int) -> Any:
+def chunk_and_cat(net: nn.Module, values: Values, at: int) -> Any:
     return torch.cat(values[at].chunk(2, dim=1)[::-1], dim=1)
 
 
-def add_constant(net: nn.Module, values: list[Any], at: int) -> Any:
+def add_constant(net: nn.Module, values: Values, at: int) -> Any:
     return values[at] + torch.tensor(0.5)
 
 
@@ -150,13 +153,26 @@ ON_ONE_VALUE = (
 
 
 class Net(nn.Module):
-    """Carries out its steps; step i reads earlier values by number and makes value i + 1."""
+    """Carries out its steps; step i reads earlier values by number and makes value i + 1.
+
+    The forward is a line of source for each step, so that it can be read as users' code is.
+    """
 
     def __init__(
         self, members: dict[str, nn.Module], steps: list[Step], outputs: list[int]
     ) -> None:
         super().__init__()
         self.steps, self.outputs = steps, outputs
+        lines, values = ["def forward(self, x0):"], ["x0"]
+        for i, (step, *args) in enumerate(steps):
+            given = [f"self.{each}" if each in members else repr(each) for each in args]
+            read = ", ".join(["self", f"({', '.join(values)},)", *given])
+            lines.append(f"    x{i + 1} = step{i}({read})  # {step.__name__}")
+            values.append(f"x{i + 1}")
+        lines.append(f"    return ({', '.join(values[at] for at in outputs)},)")
+        namespace = {f"step{i}": step for i, (step, *_) in enumerate(steps)}
+        compiled("\n".join([*lines, ""]), namespace)
+        self.written = namespace["forward"]
         for name, member in members.items():
             parent: nn.Module = self
             *path, last = name.split(".")
@@ -167,10 +183,7 @@ class Net(nn.Module):
             parent.add_module(last, member)
 
     def forward(self, x: torch.Tensor) -> Any:
-        values = [x]
-        for step, *args in self.steps:
-            values.append(step(self, values, *args))
-        return tuple(values[at] for at in self.outputs)
+        return self.written(self, x)
 
     def extra_repr(self) -> str:
         steps = ", ".join(f"{step.__name__}{tuple(args)}" for step, *args in self.steps)

@@ -15,7 +15,7 @@ import nets
 import pytest
 import strategies
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from nets import Forward, X, bn, conv
 from torch import fx, nn
 from torch.nn.utils import parametrizations
@@ -54,6 +54,19 @@ def test_any_model_computes_the_same_and_stays_as_it_was(case: Case) -> None:
     as_graph = fxr.plan(model, "conv_bn")
     assert len(report.findings) == len(as_graph.findings)
     assert {f.anchor for f in report.applied} <= {f.anchor for f in as_graph.applied}
+
+
+def test_of_these_models_many_are_rewritten() -> None:
+    """Else the properties would hold of next to nothing, as where code can't be read."""
+    rewritten: list[bool] = []
+
+    @settings(max_examples=80, derandomize=True, database=None)
+    @given(strategies.models())
+    def draw(case: Case) -> None:
+        rewritten.append(bool(fxr.plan(case[0], "conv_bn", into="modules").applied))
+
+    draw()
+    assert sum(rewritten) > len(rewritten) / 8
 
 
 @given(strategies.models())
