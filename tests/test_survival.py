@@ -190,6 +190,26 @@ def test_a_model_on_the_meta_device() -> None:
     assert {name: each.shape for name, each in fused.state_dict().items()} == shapes
 
 
+@pytest.mark.parametrize("into", ["graph", "modules"])
+def test_on_the_meta_device_what_is_called_twice_is_rewritten_as_with_numbers(into: Any) -> None:
+    """Two answers of a rule without numbers are alike if all else is."""
+
+    def twice(m: Any, x: Any) -> Any:
+        return m.block(x) + m.block(x + 1)
+
+    def looping(m: Any, xs: Any) -> Any:  # which is not traced, so that the block is a part
+        return [m.block(x) for x in xs]
+
+    x = nets.X
+    forward, given = (twice, (x,)) if into == "graph" else (looping, ([x, x[:1]],))
+    model = nets.Forward(forward, block=nn.Sequential(nets.conv(), nets.bn())).double()
+    expected, report = fxr.rewrite(model, "conv_bn", given, into=into)
+    assert report.applied
+    given = torch.utils._pytree.tree_map(lambda x: x.to("meta"), given)
+    found, _ = fxr.rewrite(model.to("meta"), "conv_bn", given, into=into)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+
+
 @pytest.mark.parametrize(
     "context",
     [
