@@ -278,52 +278,6 @@ class Expressions:
         self.deferred[id(node)] = node
         return UNKNOWN
 
-    def _generatorexp(self, node: ast.GeneratorExp) -> Value:
-        self.deferred[id(node)] = node
-        return self._comprehension(node, [node.elt])
-
-    def _listcomp(self, node: ast.ListComp) -> Value:
-        return self._comprehension(node, [node.elt])
-
-    def _setcomp(self, node: ast.SetComp) -> Value:
-        return self._comprehension(node, [node.elt])
-
-    def _dictcomp(self, node: ast.DictComp) -> Value:
-        return self._comprehension(node, [node.key, node.value])
-
-    def _comprehension(self, node: Any, elements: list[ast.expr]) -> Value:
-        outer = dict(self.here)
-        self._generate(node.generators, elements)
-        self.env = outer
-        return UNKNOWN
-
-    def _generate(self, generators: list[ast.comprehension], elements: list[ast.expr]) -> None:
-        if not generators:
-            for element in elements:
-                self.used(element)
-            return
-        first, *rest = generators
-
-        def body() -> None:
-            depth = len(self.reader.conditions)
-            for test in first.ifs:
-                holds = self.truth(test)
-                if holds is False:
-                    break
-                if holds is None:
-                    self.reader.conditions.append(ast.unparse(test))
-            else:
-                self._generate(rest, elements)
-            del self.reader.conditions[depth:]
-
-        self.repeat(first, first.iter, first.target, body)
-
-    def repeat(
-        self, node: ast.AST, iterable: ast.expr, target: ast.expr, body: Callable[[], None]
-    ) -> None:
-        """Read a loop."""
-        raise NotImplementedError
-
     def store(self, target: ast.expr, value: Value) -> None:
         """Give what stands left of an assignment its value."""
         raise NotImplementedError

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from . import objects
-from .expressions import Expressions
+from .loops import Loops
 from .reader import Reader, UnreadableError
 from .sources import Source, captured
 from .values import UNKNOWN, Env, Known, Value, constants, joined, joined_envs
 
-# How often the body of a loop is read at most until nothing new comes of it.
-_MOST_ROUNDS = 40
-# Loops that are known to run more often are read like those of unknown length.
-_MOST_TURNS = 1024
 
-
-class Frame(Expressions):
+class Frame(Loops):
     """Reads one function on what it is given; `returned` is what may come back."""
 
     def __init__(
@@ -28,8 +22,6 @@ class Frame(Expressions):
         super().__init__(reader, source, names)
         self.returned: Value = frozenset()
         self._is_root = is_root
-        self._exits: list[Env | None] = []
-        self._turns: list[Env | None] = []
         # Variables at any moment inside the `try` statements around.
         self._watches: list[list[Env | None]] = []
         self._captured = captured(source.definition)
@@ -159,14 +151,6 @@ class Frame(Expressions):
             elif isinstance(target, ast.Attribute | ast.Subscript):
                 self.store(target, UNKNOWN)
 
-    def _break(self, node: ast.Break) -> None:
-        self._exits.append(self.env)
-        self.env = None
-
-    def _continue(self, node: ast.Continue) -> None:
-        self._turns.append(self.env)
-        self.env = None
-
     def _functiondef(self, node: ast.FunctionDef) -> None:
         for each in (*node.decorator_list, *node.args.defaults):
             self.used(each)
@@ -200,89 +184,6 @@ class Frame(Expressions):
                     self.block(case.body)
             ends.append(self.env)
         self.env = joined_envs([before, *ends])
-
-    def _for(self, node: ast.For) -> None:
-        self.repeat(node, node.iter, node.target, lambda: self.block(node.body))
-        if self._left is not None and node.orelse:
-            self.env = self._left
-            self.block(node.orelse)
-            self._left = self.env
-        self.env = joined_envs([self._left, *self._broken])
-
-    _left: Env | None = None
-    _broken: tuple[Env | None, ...] = ()
-
-    def repeat(
-        self, node: ast.AST, iterable: ast.expr, target: ast.expr, body: Callable[[], None]
-    ) -> None:
-        """Read a loop: turn by turn where its length is known, else until nothing new comes."""
-        found = objects.iterate(self.value(iterable), self, iterable)
-        if isinstance(found, list) and len(found) > _MOST_TURNS:
-            found = joined(*found)
-        with self._loop():
-            if isinstance(found, list):
-                for i, each in enumerate(found):
-                    if self.env is None:
-                        break
-                    with self.reader.under(self.reader.path, (id(node), i)):
-                        self.store(target, each)
-                        body()
-                    self.env = joined_envs([self.env, *self._turns])
-                    self._turns = []
-            else:
-
-                def turn() -> None:
-                    self.store(target, found)
-                    body()
-
-                self._until_settled(node, turn)
-            left, broken = self.env, tuple(self._exits)
-        self._left, self._broken = left, broken
-        if isinstance(node, ast.comprehension):
-            self.env = joined_envs([left, *broken])
-
-    def _while(self, node: ast.While) -> None:
-        ends: list[Env | None] = []
-
-        def turn() -> None:
-            test = self.truth(node.test)
-            if test is not True:
-                ends.append(dict(self.here))
-            if test is False:
-                self.env = None
-            else:
-                self.block(node.body)
-
-        with self._loop():
-            self._until_settled(node, turn)
-            broken = tuple(self._exits)
-        self.env = joined_envs(ends)
-        if self.env is not None:
-            self.block(node.orelse)
-        self.env = joined_envs([self.env, *broken])
-
-    def _until_settled(self, node: ast.AST, turn: Callable[[], None]) -> None:
-        condition = self.at(node).partition("`")[2].partition("`")[0]
-        with (
-            self.reader.under(self.reader.loops, id(node)),
-            self.reader.under(self.reader.conditions, condition),
-        ):
-            for _ in range(_MOST_ROUNDS):
-                before = dict(self.here)
-                turn()
-                self.env = joined_envs([before, self.env, *self._turns])
-                self._turns = []
-                if self.env == before:
-                    return
-        raise UnreadableError(f"{self.at(node)} does not settle")
-
-    @contextlib.contextmanager
-    def _loop(self) -> Iterator[None]:
-        """Keep apart what `break` and `continue` belong to."""
-        before = self._exits, self._turns
-        self._exits, self._turns = [], []
-        yield
-        self._exits, self._turns = before
 
     def _try(self, node: ast.Try) -> None:
         watch: list[Env | None] = [dict(self.here)]
