@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,16 +97,27 @@ class Effects:
         """A node after another that writes to this value, or to what may be a view of it."""
         if not self._live:
             return None
+        writes = (
+            reader
+            for node, reader in self._readers(value)
+            if after < reader and node in written_by(reader, self._view)
+        )
+        return next(writes, None)
+
+    def is_returned(self, value: fx.Node) -> bool:
+        """Whether the graph returns this value, or what may be a view of it."""
+        return any(reader.op == "output" for _, reader in self._readers(value))
+
+    def _readers(self, value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Each reader of a value, or of what may be a view of it, with the node that it reads."""
         pending, seen = [value], {value}
         while pending:
             node = pending.pop()
             for reader in node.users:
-                if after < reader and node in written_by(reader, self._view):
-                    return reader
+                yield node, reader
                 if reader not in seen and node in lends(reader, self._view):
                     seen.add(reader)
                     pending.append(reader)
-        return None
 
 
 def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:

@@ -72,6 +72,8 @@ def action_refusal(
         writes = _writes_to(site, value, view, effects, action, made)
         if writes or not before == after != "unknown":
             reason = _storage_refusal(site, value, writes, view, effects, made)
+            if reason is None and {before, after} == {"new", "same"}:
+                reason = _callers_refusal(site, value, effects)
             if reason is not None:
                 return reason
     return None
@@ -103,6 +105,18 @@ def _storage_refusal(
                 f"the chain's output shares storage with {describe(value, view)}"
             )
     return None
+
+
+def _callers_refusal(site: Site, value: fx.Node, effects: Effects) -> str | None:
+    """Why a caller, who may write to what it gave or got, could tell the rewrite, or None."""
+    storage = effects.storage(value)
+    is_given = any(each.op in ("placeholder", "get_attr") for each in storage)
+    if not effects.is_returned(site.last) or not is_given:
+        return None
+    return (
+        "it would change whether what the model returns shares storage with what it is given, "
+        "which a caller that writes in place could tell"
+    )
 
 
 def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:

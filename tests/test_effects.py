@@ -321,6 +321,31 @@ def test_values_do_not_become_one_that_is_written_to(chain, answer, write):
     check_program(chain, answer, program)
 
 
+class Returned(nn.Module):
+    """The last of two activations is returned, be it as a view; the first may be an identity."""
+
+    def __init__(self, first, shape):
+        super().__init__()
+        self.first, self.act, self.shape = first, nn.ReLU(), shape
+
+    def forward(self, x):
+        return self.act(self.first(x)).view(self.shape)
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Tanh()])
+@pytest.mark.parametrize("shape", [(2, 4), (8,)])
+def test_a_caller_gets_back_what_it_gave_only_if_it_did_before(first, shape):
+    """Writing to what a model returns, a caller would otherwise write to what it gave as well."""
+    drop = fxr.rule(pattern=fxr.chain(act=nn.ReLU), name="drop")(lambda m: fxr.Bypass())
+    result, report = fxr.rewrite(Returned(first, shape).eval(), drop)
+    x = torch.ones(2, 4)
+    result(x).zero_()
+    assert torch.equal(x, torch.ones(2, 4))
+    is_new = isinstance(first, nn.Tanh)
+    assert len(report.applied) == is_new
+    assert is_new or "shares storage with what it is given" in report.refused[0].reason
+
+
 def test_a_constant_that_the_forward_writes_to_is_no_constant():
     """A rule is given a buffer as a tensor, so one that changes from call to call is refused."""
 

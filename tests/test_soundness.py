@@ -230,7 +230,7 @@ def test_rewriting_goes_on_until_nothing_changes() -> None:
     def tanh_to_gelu(m: Any) -> fxr.Replace:
         return fxr.Replace(nn.GELU())
 
-    model = nn.Sequential(nn.ReLU(), nn.Tanh()).eval()
+    model = nn.Sequential(nn.Sigmoid(), nn.ReLU(), nn.Tanh()).eval()
     fxr.rewrite(model, [drop_both, tanh_to_gelu], expect={"drop_both": 1, "tanh_to_gelu": 1})
 
 

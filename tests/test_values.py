@@ -115,7 +115,7 @@ def test_shapes_are_known_up_to_a_value_that_only_data_decides():
 def test_guards_that_need_a_shape_say_what_would_decide_it(guard, given, data_dependent, reason):
     class Relu(nn.Module):
         def forward(self, x):
-            return torch.relu(x[x.sum(-1) > 0] if data_dependent else x)
+            return torch.relu(x[x.sum(-1) > 0] if data_dependent else x).sin()
 
     @fxr.pattern
     class Act:

@@ -56,6 +56,8 @@ class Watch:
         self._before: Any = None
         self._arguments = tracer.create_args_for_root
         tracer.create_args_for_root = self._at_default  # type: ignore[method-assign, assignment]
+        self._create = tracer.create_proxy
+        tracer.create_proxy = self._unwatched  # type: ignore[method-assign]
 
     def __enter__(self) -> Watch:
         before = self._before = sys.gettrace()
@@ -70,6 +72,17 @@ class Watch:
         sys.settrace(self._before)
         self._asking = None
         del self._tracer.watch  # type: ignore[attr-defined]
+
+    def _unwatched(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a node; nothing is asked there, and FX calls many functions of its own for it."""
+        if self._before is not None:  # a debugger, say, which wants to see it
+            return self._create(*args, **kwargs)
+        watching = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return self._create(*args, **kwargs)
+        finally:
+            sys.settrace(watching)
 
     def assumptions(self, graph: fx.Graph, raised: Iterable[str]) -> tuple[Assumption, ...]:
         """What the graph takes for granted, but not what was asked in modules that raised."""
