@@ -203,7 +203,8 @@ KINDS = {"a": nn.ReLU, "b": nn.Tanh, "c": nn.Sigmoid}
 
 @given(st.text(alphabet="abcx", max_size=8), st.permutations("abc"), st.integers(0, 3))
 def test_counts_and_findings_agree_for_any_rules_in_any_order(word, order, used):
-    model = nn.Sequential(*[KINDS.get(letter, nn.GELU)() for letter in word]).eval()
+    layers = [KINDS.get(letter, nn.GELU)() for letter in word]
+    model = nn.Sequential(*layers, nn.GELU()).eval()
     rules = [drop(KINDS[letter], letter) for letter in order[:used]]
     sets = [fxr.RuleSet(f"set-{i}", [rule]) for i, rule in enumerate(rules)]
     report = fxr.plan(model, sets)
