@@ -293,13 +293,23 @@ def test_a_forward_of_any_code_stays_right_on_every_way(code: str) -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(codes(["flag", "n > 1", "x.shape[0] == 1", "x.sum() > 0", *CONDITIONS]), codes(CONDITIONS))
-def test_code_that_can_not_be_traced_stays_right_around_its_parts(outer: str, inner: str) -> None:
-    """Of a model of which only parts are traced, or the whole: data decide which way it goes."""
+@given(
+    codes(["flag", "n > 1", "x.shape[0] == 1", "x.sum() > 0", *CONDITIONS]),
+    codes(CONDITIONS),
+    st.booleans(),
+)
+def test_code_that_can_not_be_traced_stays_right_around_its_parts(
+    outer: str, inner: str, run: bool
+) -> None:
+    """Of a model of which only parts are traced, or the whole: data decide which way it goes.
+
+    With and without example inputs.
+    """
     part = made_of(inner)
     outer = outer.replace("self.act(", "self.part(").replace("self.seq[", "self.part.seq[")
     outer = outer.replace("self.layers", "self.part.layers")
     model = made_of(outer, part=part)
-    made, report = fxr.rewrite(model, "conv_bn", into="modules")
+    run = run and isinstance(outcome(model, X, {}), torch.Tensor)  # else no example would do
+    made, report = fxr.rewrite(model, "conv_bn", X if run else None, into="modules")
     event(f"applied {min(len(report.applied), 2)}, refused {min(len(report.refused), 2)}")
     assert_same(model, made)
