@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from . import edits
 from .actions import Action, Replace, Split
+from .aliasing import action_refusal
 from .bystanders import bystanders
 from .calming import calm
 from .deciding import failure, same_action
@@ -24,7 +25,7 @@ from .replaying import Script
 from .report import Bystander, Finding, Outcome
 from .ruleset import Rule
 from .sites import Alone, Link, Miss, Site, name_of
-from .soundness import action_refusal, refusal
+from .soundness import refusal
 from .view import GraphView
 
 # How often rules may rewrite what rules made, before they are taken to feed each other forever.

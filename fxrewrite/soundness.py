@@ -7,25 +7,14 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
-import attrs
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-from .actions import Action, Replace, Revise, Split
-from .edits import Made
-from .effects import (
-    Effects,
-    hands_on,
-    is_fresh,
-    is_fresh_module,
-    lends,
-    writes_in_place,
-    written_by,
-)
+from .effects import Effects, is_fresh, written_by
 from .family import FamilyType
 from .inheriting import overridden
 from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
@@ -58,65 +47,12 @@ def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) ->
     )
 
 
-def action_refusal(
-    site: Site, view: GraphView, effects: Effects, action: Action, made: Made
-) -> str | None:
-    """Why this may not take the chain's place, or None, once the rule has said what should."""
-    if made.place is not site.first:
-        reason = written_meanwhile(site, made.place, view, effects)
-        if reason is not None:
-            return reason
-    for value in made.reads:
-        before = _chain_relation(site, value, view)
-        after = _new_relation(site, value, view, effects, action, made)
-        writes = _writes_to(site, value, view, effects, action, made)
-        if writes or not before == after != "unknown":
-            reason = _storage_refusal(site, value, writes, view, effects, made)
-            if reason is None and {before, after} == {"new", "same"}:
-                reason = _callers_refusal(site, value, effects)
-            if reason is not None:
-                return reason
-    return None
-
-
 def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
     for write in effects.writes_between(site.first, place):
         if write not in site.nodes and touches(write, site.input, view, effects):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
-
-
-def _storage_refusal(
-    site: Site, value: fx.Node, writes: bool, view: GraphView, effects: Effects, made: Made
-) -> str | None:
-    """Why others could tell that the chain's output is no longer the same view of a value."""
-    own = {*site.nodes, *made.nodes}
-    seen = _seen_elsewhere(value, own, effects)
-    if seen is None:
-        return None
-    if writes:
-        return f"what replaces the chain would write in place to {describe(seen, view)}"
-    for each in (site.last, *effects.storage(value)):
-        later = effects.later_write(each, after=site.first)
-        if later is not None and later not in own:
-            return (
-                f"{describe(later, view)} writes in place, and the rewrite would change whether "
-                f"the chain's output shares storage with {describe(value, view)}"
-            )
-    return None
-
-
-def _callers_refusal(site: Site, value: fx.Node, effects: Effects) -> str | None:
-    """Why a caller, who may write to what it gave or got, could tell the rewrite, or None."""
-    storage = effects.storage(value)
-    is_given = any(each.op in ("placeholder", "get_attr") for each in storage)
-    if not effects.is_returned(site.last) or not is_given:
-        return None
-    return (
-        "it would change whether what the model returns shares storage with what it is given, "
-        "which a caller that writes in place could tell"
-    )
 
 
 def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
@@ -248,7 +184,7 @@ def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
     nodes = set(site.nodes)
     for link in site.links:
         for value in written_by(link.node, view):
-            if (seen := _seen_elsewhere(value, nodes, effects)) is not None:
+            if (seen := seen_elsewhere(value, nodes, effects)) is not None:
                 return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
         # Of what branches share, a write by one would be read by the next.
         if link.branch and touches(link.node, site.input, view, effects):
@@ -268,85 +204,13 @@ def touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -
     return any(storage & effects.storage(each) for each in written_by(write, view))
 
 
-def _seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
+def seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
     """What shares a value's storage and is given from outside, or read by others than `own`."""
     storage = effects.storage(value) - own
     for each in sorted(storage, key=lambda node: node.name):  # a set has no order of its own
         if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
             return each
     return None
-
-
-Relation = Literal["new", "same", "unknown"]
-
-
-def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
-    """How the storage of a chain's output is related to that of a value that it reads."""
-    known: dict[fx.Node, Relation] = {value: "same"}
-    for node in site.nodes:
-        if known.keys().isdisjoint(node.all_input_nodes):
-            continue
-        given = {known[each] for each in lends(node, view) if each in known}
-        if given <= {"new"}:
-            known[node] = "new"
-        else:
-            is_same = given == {"same"} and hands_on(view.module(node))
-            known[node] = "same" if is_same else "unknown"
-    return known.get(site.last, "unknown")
-
-
-def _new_relation(
-    site: Site, value: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
-) -> Relation:
-    if isinstance(action, Revise):
-        steps = _remaining(site, action, view)
-        if any(step.is_fresh for step in steps):
-            return "new"
-        return "same" if all(step.hands_on for step in steps) else "unknown"
-    if isinstance(action, Replace | Split):
-        if is_fresh_module(action.module):
-            return "new"
-        only_input = len(made.reads) == 1
-        return "same" if only_input and hands_on(action.module) else "unknown"
-    if made.result is value:
-        return "same"
-    return "unknown" if effects.storage(made.result) & effects.storage(value) else "new"
-
-
-@attrs.frozen
-class _Remaining:
-    """A step that a revision leaves: whether its output is new storage, and so on."""
-
-    is_fresh: bool
-    hands_on: bool
-    writes: bool
-
-
-def _remaining(site: Site, action: Revise, view: GraphView) -> list[_Remaining]:
-    found = []
-    for link in site.links:
-        module = action.steps.get(link.step.name)
-        if module is not None:
-            about = is_fresh_module(module), hands_on(module), writes_in_place(module)
-        elif link.step.name not in action.steps:
-            writes = bool(written_by(link.node, view))
-            about = is_fresh(link.node, view), hands_on(view.module(link.node)), writes
-        else:
-            continue
-        found.append(_Remaining(*about))
-    return found
-
-
-def _writes_to(
-    site: Site, x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
-) -> bool:
-    if isinstance(action, Revise):
-        steps = _remaining(site, action, view)
-        new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
-        return any(step.writes for step in steps[: new + 1])
-    if isinstance(action, Replace | Split):
-        return writes_in_place(action.module)
-    return any(touches(node, x, view, effects) for node in made.nodes)
 
 
 # The one private name of torch.nn that this package needs; without it no hook is assumed.
