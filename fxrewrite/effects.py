@@ -44,7 +44,8 @@ class Effects:
     """The in-place writes of a graph, in order.
 
     `written_values` are the values that they reach, and `written_tensors` the identities of the
-    model's tensors among those.
+    model's tensors among those. `held_inside` are those of buffers that a called module has and one
+    that is kept whole has inside of it, whose code may write to them.
     """
 
     def __init__(self, view: GraphView) -> None:
@@ -61,9 +62,14 @@ class Effects:
             id(view.attribute(each)) for each in self.written_values if each.op == "get_attr"
         }
         # What a layer updates in training mode may be read by another one, in eval mode.
-        called = (view.module(node) for node in view.graph.nodes)
-        training = (module for module in called if module is not None and module.training)
+        modules = dict.fromkeys(view.module(node) for node in view.graph.nodes)
+        called = [module for module in modules if module is not None]
+        training = (module for module in called if module.training)
         self.written_tensors.update(id(each) for module in training for each in module.buffers())
+        inner = (child for module in called if module._modules for child in module.children())
+        inside = {id(each) for child in inner for each in child.buffers()}
+        own = {id(each) for module in called for each in module._buffers.values()}
+        self.held_inside = own & inside
 
     def note(self, node: fx.Node) -> None:
         """Note a new node, or one that calls something else now."""

@@ -133,6 +133,10 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
             return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
         if id(tensor) in effects.written_tensors:
             return f"holds {name}, which the model writes to in its forward"
+        if id(tensor) in effects.held_inside:
+            return (
+                f"holds {name}, to which a module that is kept whole may write, for it holds it too"
+            )
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
     return None

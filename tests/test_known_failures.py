@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,6 +109,32 @@ def test_a_part_of_a_leaf_that_is_called_by_itself(whole_first: bool) -> None:
     assert fused.get_submodule("whole") is model.whole
     assert convolutions(fused) == ["whole.0", "whole_0"]
     assert checks.largest_error(checks.outputs(model, X), checks.outputs(fused, X)) <= 1e-9
+
+
+class Decaying(nn.Module):
+    """Writes to the statistics of a batch norm that it has, and returns its input."""
+
+    def __init__(self, bn: nn.Module) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bn.running_mean.mul_(0.5)
+        return x * 1
+
+
+def test_statistics_that_a_leaf_may_write_to() -> None:
+    """A batch norm that a leaf holds too is not folded: nobody knows what the leaf does to it."""
+    norm = bn()
+    model = Forward(
+        lambda m, x: m.bn(m.conv(m.leaf(x))), leaf=Decaying(norm), conv=conv(), bn=norm
+    ).double()
+    fused, report = fxr.rewrite(model, "conv_bn", into="graph", leaf_modules=[Decaying])
+    assert (
+        "running_mean, to which a module that is kept whole may write" in report.refused[0].reason
+    )
+    expected = checks.outputs(copy.deepcopy(model), X)
+    assert checks.largest_error(expected, checks.outputs(fused, X)) <= 1e-9
 
 
 def test_other_keys_of_the_state_dict_survive() -> None:
