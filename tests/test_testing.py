@@ -242,12 +242,12 @@ def test_a_pattern_with_branches(wrong: bool) -> None:
         check_rule(merge)
 
 
-def test_an_alias_that_is_traced_by_itself_is_told_of_by_itself() -> None:
-    """One batch norm under two names, one in a container with a hook, is accounted for by each."""
+def test_what_is_traced_by_itself_is_told_of_by_itself() -> None:
+    """A batch norm in a container with a hook is accounted for at each call there, by each name."""
     bn = nn.BatchNorm2d(4)
-    seq = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), bn)
+    seq = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), bn, nn.Identity(), bn)
     seq.register_forward_hook(lambda *_: None)
     lines = ["z = self.bn(y) if y is not None else x", "return self.bn(self.seq(z))"]
     model = nets.randomise(written({"bn": bn, "seq": seq}, lines, "x, y")).double()
     report = properties.check_model("conv_bn", model, (nets.X, nets.X))
-    assert [each.anchor for each in report.findings] == ["bn", "bn", "seq.1"]
+    assert [each.anchor for each in report.findings] == ["bn", "bn", "seq.1", "seq.1"]

@@ -149,16 +149,18 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             if not _is_told(report, *names):
                 return f"nothing is said of {node.name}"
     called = {id(view.module(node)) for node in graph.nodes}
-    for name, module in model.named_modules(remove_duplicate=False):
-        name = name or type(module).__name__
-        if isinstance(module, kinds) and not calls[name]:
-            calls[name] = 1  # by an alias it may be called in what is traced by itself
-            if id(module) not in called and not _is_told(report, name):
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and id(module) not in called:
+            calls[name or type(module).__name__] += 1
+            if not _is_told(report, name or type(module).__name__):
                 return f"nothing is said of {name}, which is never called"
     names_of_loud = {rule.name for rule in loud}
     findings = (e for e in (*report.refused, *report.missed) if e.rule in names_of_loud)
     declined = Counter(each.anchor for each in findings)
-    twice = [name for name, count in declined.items() if graph.nodes and count > calls[name]]
+    # What is below a module that is kept whole may be traced by itself, and called there.
+    wholes = tuple(f"{node.target}." for node in graph.find_nodes(op="call_module"))
+    known = (name for name in calls if not name.startswith(wholes))
+    twice = [name for name in known if declined[name] > calls[name]]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
 
