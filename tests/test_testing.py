@@ -251,3 +251,13 @@ def test_what_is_traced_by_itself_is_told_of_by_itself() -> None:
     model = nets.randomise(written({"bn": bn, "seq": seq}, lines, "x, y")).double()
     report = properties.check_model("conv_bn", model, (nets.X, nets.X))
     assert [each.anchor for each in report.findings] == ["bn", "bn", "seq.1", "seq.1"]
+
+
+def test_in_a_model_of_parts_a_batch_norm_is_told_of_at_each_call() -> None:
+    """No bound is set there, since the calls are not known."""
+    children = {"bn": nn.BatchNorm2d(4), "other": nn.Tanh()}
+    inner = written(children, ["return self.bn(self.other(self.bn(x)))"], "x")
+    lines = ["z = self.inner(x)", "return z if z.sum() > 0 else -z"]
+    model = nets.randomise(written({"inner": inner}, lines, "x")).double()
+    report = properties.check_model("conv_bn", model, (nets.X,))
+    assert [each.anchor for each in report.findings] == ["inner.bn", "inner.bn"]

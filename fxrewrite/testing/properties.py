@@ -159,7 +159,7 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     declined = Counter(each.anchor for each in findings)
     # What is below a module that is kept whole may be traced by itself, and called there.
     wholes = tuple(f"{node.target}." for node in graph.find_nodes(op="call_module"))
-    known = (name for name in calls if not name.startswith(wholes))
+    known = (name for name in calls if graph.nodes and not name.startswith(wholes))
     twice = [name for name in known if declined[name] > calls[name]]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
