@@ -8,14 +8,12 @@ from typing import Any
 import attrs
 from torch import fx
 
-from .matching import Matcher, accepts, calls
+from .matching import FOUND_AT_MOST, Matcher, accepts, calls
 from .report import Bystander
 from .ruleset import Rule
 from .sites import Miss, Seen, name_of
 from .steps import Pattern, Step
 from .view import GraphView
-
-_FOUND_AT_MOST = 3
 
 
 @attrs.frozen
@@ -88,7 +86,7 @@ def _miss(view: GraphView, role: _Role, node: fx.Node) -> Miss | None:
         join = next((each for each in last.users if accepts(joined.steps[0], each, view)), None)
         if join is None:
             beside = None if last is node else Seen.of(last, view)
-            readers = [Seen.of(each, view) for each in list(last.users)[:_FOUND_AT_MOST]]
+            readers = [Seen.of(each, view) for each in list(last.users)[:FOUND_AT_MOST]]
             return Miss(joined, 0, False, beside, tuple(readers), frozenset(), 0)
         found, last = Matcher(joined, view, join, 0).match(), join
     if found.beside is None and last is not node:

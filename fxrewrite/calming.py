@@ -10,7 +10,7 @@ from torch import fx
 from .effects import base_name, is_fresh_module, written_by
 from .modules import evolve
 from .sites import name_of
-from .soundness import has_hooks
+from .soundness import runs_its_forward_alone
 from .view import GraphView
 
 # Functions of one value that keep its shape and type; settings are plain numbers.
@@ -52,8 +52,8 @@ def _calm(reader: fx.Node, view: GraphView) -> tuple[Any, dict[str, Any] | None]
             return None
         quiet = evolve(module, inplace=False)
         is_activation = type(module).__module__ == torch.nn.modules.activation.__name__
-        is_plain = has_hooks(module) is None and "forward" not in module.__dict__
-        return (quiet, None) if is_activation and is_plain and is_fresh_module(quiet) else None
+        is_plain = is_activation and runs_its_forward_alone(module)
+        return (quiet, None) if is_plain and is_fresh_module(quiet) else None
     if reader.op == "call_method":
         name = str(reader.target).removesuffix("_")
         return (name, None) if name in _ACTIVATIONS else None

@@ -157,12 +157,12 @@ class Engine:
         rules = self._rules_by_callee.get(key)
         if rules is None:
             tried = (rule for rule in self._rules if not (self._waiting and rule.last))
-            anchors = [(rule, rule.pattern.steps[rule.pattern.anchor]) for rule in tried]
+            anchors = [(rule, rule.pattern.anchor_step) for rule in tried]
             rules = [rule for rule, step in anchors if calls(step, node, self._view)]
             self._rules_by_callee[key] = rules
-        if any(not rule.pattern.steps[rule.pattern.anchor].side_inputs for rule in rules):
+        if any(not rule.pattern.anchor_step.side_inputs for rule in rules):
             one = reads_one_value(node, self._view)
-            return [r for r in rules if one or r.pattern.steps[r.pattern.anchor].side_inputs]
+            return [r for r in rules if one or r.pattern.anchor_step.side_inputs]
         return rules
 
     def _apply(self, rule: Rule[Any], site: Site) -> _Rewritten | str:

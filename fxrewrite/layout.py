@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 
 from .calming import can_be_calmed
-from .effects import base_name, hands_on, is_fresh, written_by
+from .effects import base_name, hands_on, is_fresh, is_torch, written_by
 from .sites import describe
-from .soundness import has_hooks
+from .soundness import runs_its_forward_alone
 from .steps import Step
 from .view import GraphView
 
@@ -87,13 +87,8 @@ def _what(node: fx.Node, value: fx.Node) -> str:
 def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
-    is_known = node.op == "call_function" and _is_torch(node.target)
+    is_known = node.op == "call_function" and is_torch(node.target)
     return base_name(node.target) if is_known else ""
-
-
-def _is_torch(function: Any) -> bool:
-    module = getattr(function, "__module__", None) or "torch"
-    return module == "_operator" or module.partition(".")[0] == "torch"
 
 
 def _only_computes(node: fx.Node, view: GraphView) -> bool:
@@ -101,7 +96,7 @@ def _only_computes(node: fx.Node, view: GraphView) -> bool:
     if not is_fresh(node, view):
         return False
     module = view.module(node)
-    return module is None or _is_plain(module)
+    return module is None or runs_its_forward_alone(module)
 
 
 def _is_indifferent(node: fx.Node, view: GraphView) -> bool:
@@ -109,12 +104,7 @@ def _is_indifferent(node: fx.Node, view: GraphView) -> bool:
     if module is None:
         return _name(node) in _INDIFFERENT
     is_known = hands_on(module) or type(module) in _INDIFFERENT_MODULES
-    return is_known and _is_plain(module)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but the module's own forward sees what it reads."""
-    return has_hooks(module) is None and "forward" not in module.__dict__
+    return is_known and runs_its_forward_alone(module)
 
 
 def _asks_for_size(node: fx.Node) -> bool:

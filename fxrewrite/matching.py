@@ -14,7 +14,7 @@ from .sites import Link, Miss, Seen, Site
 from .steps import Branch, Pattern, Step
 from .view import GraphView
 
-_FOUND_AT_MOST = 3
+FOUND_AT_MOST = 3
 _FAR = 1000
 # Operations for which it makes no difference in which order branches come in.
 _COMMUTATIVE = frozenset(
@@ -211,7 +211,7 @@ class Matcher:
             depth += _FAR * _FAR
         if self.miss is None or depth > self.miss.depth:
             beside = None if node is self.anchor else Seen.of(node, self.view)
-            nearest = list(itertools.islice(found, _FOUND_AT_MOST))
+            nearest = list(itertools.islice(found, FOUND_AT_MOST))
             by_another: Iterable[fx.Node] = ()
             if step is not None and not upstream:
                 wanted = self.pattern.steps[step]

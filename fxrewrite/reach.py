@@ -19,7 +19,7 @@ from .view import GraphView
 
 def is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
     """Whether a module is of the kind that a rule looks for first."""
-    return isinstance(module, rule.pattern.steps[rule.pattern.anchor].modules)
+    return isinstance(module, rule.pattern.anchor_step.modules)
 
 
 def not_called(
@@ -81,7 +81,7 @@ def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
         for rule in rules:
             if rule.quiet:
                 continue
-            wanted = rule.pattern.steps[rule.pattern.anchor].modules
+            wanted = rule.pattern.anchor_step.modules
             if any(issubclass(kind, wanted) for kind in each.kinds):
                 findings.append(Finding(each.node.name, "missed", rule.name, cause=each.reason))
                 break

@@ -54,7 +54,7 @@ class Rewriter:
             whole.check(model)
         if into == "modules":
             whole = whole.unchecked()
-        anchors = (rule.pattern.steps[rule.pattern.anchor] for rule in rules)
+        anchors = (rule.pattern.anchor_step for rule in rules)
         wanted = named if all(step.modules for step in anchors) else (nn.Module,)
         parts = Parts(model, whole, wanted, leaves, self.tracer, in_leaves=into == "modules")
         # Weights made under inference mode could never be trained again.

@@ -74,6 +74,11 @@ def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
     return None
 
 
+def runs_its_forward_alone(module: nn.Module) -> bool:
+    """Whether nothing but the forward of its type sees what a module reads."""
+    return has_hooks(module) is None and "forward" not in module.__dict__
+
+
 def _other_reader(site: Site, view: GraphView) -> str | None:
     """A value inside the chain has one reader, the next step; what it starts from may have more."""
     nodes = site.nodes

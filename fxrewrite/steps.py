@@ -177,6 +177,11 @@ class Pattern:
         return self.cls.__name__
 
     @property
+    def anchor_step(self) -> Step:
+        """The step that is looked for first."""
+        return self.steps[self.anchor]
+
+    @property
     def is_group(self) -> bool:
         """Whether it is a group of siblings, and no chain."""
         return self.steps[0].siblings

@@ -103,7 +103,7 @@ def layers_fit(m: TwoLayers) -> str | None:
 
 def three_fit(m: ThreeLayers) -> str | None:
     """One of the three must read all that the others read."""
-    if plain_sum(m.pair) is not None or m.pair.join.function in SUB:
+    if plain_sum(m.pair) is not None or _is_difference(m.pair.join):
         return fxr.Missed("it is no sum of three")
     large, small = _sorted(m)
     return next((why for each in small if (why := _misfit(large, each)) is not None), None)

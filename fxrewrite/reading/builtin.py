@@ -17,6 +17,7 @@ from .values import (
     Many,
     Value,
     constants,
+    is_bound_builtin,
     is_plain,
     joined,
     known,
@@ -35,9 +36,7 @@ _READING_ITEMS = frozenset({"items", "keys", "values", "get", "index", "count"})
 
 def call(function: Any, given: Arguments, at: Expressions, node: ast.AST) -> Value | None:
     """What a call of one of Python's own functions gives; None where it is none that is known."""
-    if isinstance(function, types.BuiltinMethodType) and not isinstance(
-        function.__self__, types.ModuleType | type(None)
-    ):
+    if is_bound_builtin(function):
         return method(function.__self__, function.__name__, given, at)
     is_plain_function = isinstance(function, type | types.BuiltinFunctionType)
     read = _READERS.get(function) if is_plain_function else None

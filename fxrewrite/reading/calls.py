@@ -204,7 +204,8 @@ def _bound(function: types.FunctionType, given: Arguments) -> Env | None:
     names = code.co_varnames[: count + code.co_kwonlyargcount]
     env: Env = dict.fromkeys(names, UNKNOWN)
     more = list(code.co_varnames[len(names) :])
-    takes_rest, takes_names = code.co_flags & 0x04, code.co_flags & 0x08
+    takes_rest = code.co_flags & inspect.CO_VARARGS
+    takes_names = code.co_flags & inspect.CO_VARKEYWORDS
     if not given.exact:
         every = joined(UNKNOWN, *given.values)
         rest = [more.pop(0)] if takes_rest else []

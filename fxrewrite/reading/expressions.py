@@ -29,7 +29,6 @@ from .values import (
     known,
 )
 
-_MISSING = object()
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import objects
+from .builtin import MOST_TURNS
 from .expressions import Expressions
 from .reader import Reader, UnreadableError
 from .sources import Source
@@ -15,8 +16,6 @@ from .values import UNKNOWN, Env, Value, joined, joined_envs
 
 # How often the body of a loop is read at most until nothing new comes of it.
 _MOST_ROUNDS = 40
-# Loops that are known to run more often are read like those of unknown length.
-_MOST_TURNS = 1024
 
 
 class Loops(Expressions):
@@ -56,7 +55,7 @@ class Loops(Expressions):
     ) -> None:
         """Read a loop: turn by turn where its length is known, else until nothing new comes."""
         found = objects.iterate(self.value(iterable), self, iterable)
-        if isinstance(found, list) and len(found) > _MOST_TURNS:
+        if isinstance(found, list) and len(found) > MOST_TURNS:
             found = joined(*found)
         with self._loop():
             if isinstance(found, list):

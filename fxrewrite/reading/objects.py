@@ -66,11 +66,7 @@ def is_key(atom: Atom, container: Atom, reader: Reader) -> bool | None:
 def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
     """What `atom.name` may give."""
     if not isinstance(atom, Known):
-        if isinstance(atom, Output):
-            at.reader.consume(frozenset({atom}), at.at(node))
-        elif not isinstance(atom, Items | Many | Keywords):
-            return UNKNOWN
-        else:  # a method of a tuple or a dictionary
+        if isinstance(atom, Output | Items | Many | Keywords):  # a method of it, say
             at.reader.consume(frozenset({atom}), at.at(node))
         return UNKNOWN
     obj = atom.value
@@ -205,6 +201,6 @@ def _item_of_known(obj: Any, index: Any, at: Expressions, node: ast.AST) -> Valu
             return UNKNOWN
     values: Iterable[Any] = obj.values() if isinstance(obj, dict | nn.ModuleDict) else obj
     found = joined(*[known(each) for each in values])
-    if isinstance(index, slice) or index is MISSING:  # of a slice, anything may come
-        at.reader.escape(obj, at.at(node)) if isinstance(index, slice) else None
+    if isinstance(index, slice):  # of which anything may come
+        at.reader.escape(obj, at.at(node))
     return found | UNKNOWN

@@ -63,6 +63,14 @@ def captured(definition: Definition) -> frozenset[str]:
     )
 
 
+def parameters(definition: Definition) -> list[str]:
+    """The names of a function's parameters, as its code object orders them."""
+    all_of = definition.args
+    named = [*all_of.posonlyargs, *all_of.args, *all_of.kwonlyargs]
+    named += [each for each in (all_of.vararg, all_of.kwarg) if each is not None]
+    return [each.arg for each in named]
+
+
 def _walk_inside(definition: Definition) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(definition):
         yield from ast.walk(child)
@@ -86,11 +94,8 @@ def _definitions(filename: str) -> dict[int, list[Any]]:
 
 def _is_of(definition: Definition, code: types.CodeType) -> bool:
     """Whether names agree: of several lambdas on one line, and of a file that has changed since."""
-    arguments = definition.args
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    named += [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
-    count = len(named)
-    if tuple(each.arg for each in named) != code.co_varnames[:count]:
+    named = parameters(definition)
+    if tuple(named) != code.co_varnames[: len(named)]:
         return False
     mentioned: set[str] = set()
     for node in ast.walk(definition):

@@ -9,7 +9,7 @@ from typing import Any
 from . import objects
 from .loops import Loops
 from .reader import Reader, UnreadableError
-from .sources import Source, captured
+from .sources import Source, captured, parameters
 from .values import UNKNOWN, Env, Known, Value, constants, joined, joined_envs
 
 
@@ -252,11 +252,7 @@ class Frame(Loops):
                 assert isinstance(node, ast.FunctionDef | ast.Lambda)
                 if any(isinstance(each, ast.Nonlocal | ast.Global) for each in ast.walk(node)):
                     raise UnreadableError(f"{self.at(node)} sets variables of what is around it")
-                every = node.args
-                named = [*every.posonlyargs, *every.args, *every.kwonlyargs]
-                named += [each for each in (every.vararg, every.kwarg) if each is not None]
-                for each in named:
-                    self.here[each.arg] = UNKNOWN
+                self.here.update(dict.fromkeys(parameters(node), UNKNOWN))
                 self._is_root = True
                 if isinstance(node, ast.Lambda):
                     self.used(node.body)

@@ -168,11 +168,15 @@ def _key(value: Any) -> Any:
         return slice, _key(value.start), _key(value.stop), _key(value.step)
     if isinstance(value, types.MethodType):
         return types.MethodType, id(value.__func__), id(value.__self__)
-    if isinstance(value, types.BuiltinMethodType) and not isinstance(
-        value.__self__, types.ModuleType | type(None)
-    ):
+    if is_bound_builtin(value):
         return value.__name__, _key(value.__self__)
     return id(value)
+
+
+def is_bound_builtin(value: Any) -> bool:
+    """Whether an object is a method in C of another, as `[].append` is, and no function."""
+    is_builtin = isinstance(value, types.BuiltinMethodType)
+    return is_builtin and not isinstance(value.__self__, types.ModuleType | type(None))
 
 
 def is_plain(value: Any) -> bool:

@@ -20,7 +20,6 @@ from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Report
 from fxrewrite.ruleset import Rule
 from fxrewrite.sites import name_of
-from fxrewrite.steps import Step
 from fxrewrite.tracing.tracer import trace
 from fxrewrite.view import GraphView
 
@@ -133,11 +132,11 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     view = GraphView(model, graph, constants)
     # A quiet rule tells of those anchors only of which it has something to tell.
     loud = [rule for rule in rules if not rule.quiet]
-    kinds = tuple(kind for rule in loud for kind in _anchor(rule).modules)
+    kinds = tuple(kind for rule in loud for kind in rule.pattern.anchor_step.modules)
     calls: Counter[str] = Counter()
     for node in graph.nodes:
         name = name_of(node)
-        looking = [rule for rule in loud if accepts(_anchor(rule), node, view)]
+        looking = [rule for rule in loud if accepts(rule.pattern.anchor_step, node, view)]
         for rule in looking:
             if not _is_told_by(rule, node, report):
                 return f"nothing is said of {name} by {rule.name}"
@@ -170,10 +169,6 @@ def _is_told_by(rule: Rule[Any], node: fx.Node, report: Report) -> bool:
     told = [each for each in report.findings if any(map(each.is_about, names))]
     said = (one.rule for each in told for one in (each, *each.others))
     return rule.name in said or any(each.outcome == "applied" for each in told)
-
-
-def _anchor(rule: Rule[Any]) -> Step:
-    return rule.pattern.steps[rule.pattern.anchor]
 
 
 def _meant(node: fx.Node) -> tuple[type, ...]:

@@ -23,7 +23,6 @@ _VIEWING = frozenset(
     "contiguous expand expand_as flatten float mean narrow permute repeat reshape sum squeeze "
     "to transpose type_as unflatten unsqueeze view".split()
 )
-_SAME = (nn.Identity, nn.modules.dropout._DropoutNd)
 _RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _NUMBERS = (int, float)
 
@@ -85,7 +84,7 @@ class Kinds:
             return torch.Tensor, True
         if node.op == "call_module":
             module = self._model.get_submodule(str(node.target))
-            if type(module) in _SAME:
+            if type(module) is nn.Identity:
                 return source
             several = getattr(module, "return_indices", False)
             several = several or isinstance(module, nn.MultiheadAttention)
