@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -34,12 +36,21 @@ class Flows:
     """
 
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        self._model, self._is_leaf = model, is_leaf
         self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
-        reader = _read(model, is_leaf)
-        self._escaped = reader.escaped
-        self._calls: dict[int, list[Call]] = {}
-        for call in reader.calls.values():
-            self._calls.setdefault(id(call.module), []).append(call)
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        """What was read, which takes long, and is asked for only where a site may be rewritten."""
+        return _read(self._model, self._is_leaf)
+
+    @functools.cached_property
+    def _calls(self) -> dict[int, list[Call]]:
+        """The calls of each module, by its identity."""
+        found: dict[int, list[Call]] = {}
+        for call in self._reader.calls.values():
+            found.setdefault(id(call.module), []).append(call)
+        return found
 
     def refusal(
         self,
@@ -58,7 +69,7 @@ class Flows:
             late: whether what the first one reads would be read only where the last one is called.
         """
         for module in changed:
-            where = self._escaped.get(id(module))
+            where = self._reader.escaped.get(id(module))
             if where is not None:
                 return f"{self._name(module)} may also be used by {where}"
         for first, second in itertools.pairwise(chain):
@@ -164,7 +175,8 @@ def _read_once(model: nn.Module, reader: Reader) -> None:
     code = forward.__code__
     given = (known(model),) if "forward" not in model.__dict__ else ()
     count = code.co_argcount + code.co_kwonlyargcount
-    count += bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
+    count += bool(code.co_flags & inspect.CO_VARARGS)
+    count += bool(code.co_flags & inspect.CO_VARKEYWORDS)
     env: dict[str, Value] = dict.fromkeys(code.co_varnames[:count], UNKNOWN)
     env |= dict(zip(code.co_varnames, given, strict=False))
 
