@@ -11,7 +11,7 @@ from .destination import Destination
 from .dialects.lifting import Lifting
 from .dialects.lowering import lower
 from .engine import Engine
-from .reach import is_anchor, not_called, not_lifted, out_of_reach
+from .reach import Reach, is_anchor, not_lifted
 from .renaming import renamed
 from .replaying import Script
 from .report import Finding, Report
@@ -27,9 +27,8 @@ class Applied:
     rule_sets: Sequence[RuleSet]
     findings: tuple[Finding, ...]
     bystanders: Any
-    unreached: Mapping[str, str]
+    reach: Reach
     nodes: frozenset[str]
-    names: Mapping[str, str]
     became: Mapping[str, str]
     stops: tuple[Stop, ...] = ()
 
@@ -47,10 +46,11 @@ class Applied:
         return Report(
             self.findings,
             of_sets,
-            self.names,
+            self.reach.names,
+            self.reach.calls,
             self.nodes,
             self.bystanders,
-            self.unreached,
+            self.reach.unreached,
             into,
             self.stops,
             renamed(model, made, self.became),
@@ -78,8 +78,7 @@ def apply_to_parts(
     rules = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
     nodes = frozenset(view.shown(node.name) for view in views for node in view.graph.nodes)
     liftings = {view: Lifting(view, rules) for view in views}
-    owners = {owner: name for each in liftings.values() for owner, name in each.owners.items()}
-    unreached = not_called(modules, list(views), stops, owners)
+    reach = Reach(modules, liftings, stops, rules)
     findings: list[Finding] = []
     bystanders: dict[str, Any] = {}
     lowered: dict[str, str] = {}
@@ -87,15 +86,15 @@ def apply_to_parts(
         engine = Engine(view, rules, destination, script)
         found = (*engine.run(), *not_lifted(liftings[view], rules))
         findings += [each.renamed(view.shown) for each in found] if view.part else found
-        bystanders |= engine.bystanders()
+        for name, said in engine.bystanders().items():
+            bystanders[view.shown(name)] = (*bystanders.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
-    findings += out_of_reach(modules, unreached, rules)
+    findings += reach.findings()
     became = {name: each.became for each in findings if each.became for _, name in each.steps}
     # From the layer whose tensors a call reads to that call, and from there back to a layer.
     ends = {*lowered.values()}
-    became = {k: v for k, v in {**owners, **became}.items() if k not in ends} | lowered
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(each), name) for name, each in modules.items()}
+    first_calls = {owner: calls[0] for owner, calls in reach.calls.items()}
+    became = {k: v for k, v in {**first_calls, **became}.items() if k not in ends} | lowered
 
     def with_anchors(stop: Stop) -> Stop:
         inside = modules[stop.name].modules()
@@ -106,9 +105,8 @@ def apply_to_parts(
         rule_sets,
         tuple(findings),
         bystanders,
-        unreached,
+        reach,
         nodes,
-        {**names, **owners},
         became,
         tuple(map(with_anchors, stops)),
     )

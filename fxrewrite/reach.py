@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,56 +22,85 @@ def is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
     return isinstance(module, rule.pattern.anchor_step.modules)
 
 
-def not_called(
-    modules: Mapping[str, nn.Module],
-    views: Sequence[GraphView],
-    stops: Sequence[Stop] = (),
-    owners: Iterable[str] = (),
-) -> dict[str, str]:
-    """Why no node of the graphs calls a module, for each that is not traced through either.
+class Reach:
+    """How the graphs of a model get at its modules; made before rules change the graphs.
+
+    `names` are all modules, each with the first of its names. `calls` has for each layer the calls
+    of functions that are given its tensors. `unreached` says why no node calls a module, for each
+    that is not traced through, and for which no such call answers.
 
     Args:
         modules: all modules of the model by qualified name.
-        views: the graphs of the model, or of its parts.
+        liftings: the graphs, with their functional calls.
         stops: what could not be traced.
-        owners: modules that are accounted for, since functional calls are given their tensors.
+        rules: the rules, whose anchors are to be accounted for.
     """
-    called = {id(modules[name]) for name in owners if name}
-    through: set[str] = set()
-    inside: dict[int, str] = {}
-    stopped = {each.name: each for each in stops}
-    for view in views:
-        for node in view.graph.nodes:
-            through.update(path for path, _ in node.meta.get("nn_module_stack", {}).values())
-            module = view.module(node)
-            if module is not None:
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        liftings: Mapping[GraphView, Lifting],
+        stops: Sequence[Stop],
+        rules: Sequence[Rule[Any]],
+    ) -> None:
+        self._modules = modules
+        self._rules = [rule for rule in rules if not rule.quiet]
+        first: dict[int, str] = {}
+        self.names = {name: first.setdefault(id(each), name) for name, each in modules.items()}
+        self.calls: dict[str, tuple[str, ...]] = {}
+        self._spelt: set[int] = set()
+        for view, lifting in liftings.items():
+            for owner, call, kinds in lifting.behind:
+                if owner in modules:
+                    self._note(owner, view.shown(call), kinds)
+        self.unreached = self._unreached(list(liftings), {each.name: each for each in stops})
+
+    def findings(self) -> list[Finding]:
+        """A finding for each module of an anchor's type among those that no node calls."""
+        findings = []
+        for name, reason in self.unreached.items():
+            rule = next(self._looking_for(self._modules[name]), None)
+            if rule is not None:
+                anchor = name or type(self._modules[name]).__name__
+                findings.append(Finding(anchor, "missed", rule.name, cause=reason))
+        return findings
+
+    def _note(self, owner: str, call: str, kinds: tuple[type[nn.Module], ...]) -> None:
+        """Note that a call that spells these types is given a module's tensors."""
+        known, module = self.names[owner], self._modules[owner]
+        self.calls[known] = tuple(dict.fromkeys((*self.calls.get(known, ()), call)))
+        looking = (rule.pattern.anchor_step.modules for rule in self._looking_for(module))
+        if any(issubclass(kind, wanted) for wanted in looking for kind in kinds):
+            self._spelt.add(id(module))  # the call answers for it
+
+    def _looking_for(self, module: nn.Module) -> Iterator[Rule[Any]]:
+        return (rule for rule in self._rules if is_anchor(module, rule))
+
+    def _unreached(self, views: Sequence[GraphView], stopped: Mapping[str, Stop]) -> dict[str, str]:
+        called = set(self._spelt)
+        through: set[str] = set()
+        inside: dict[int, str] = {}
+        for view in views:
+            for node in view.graph.nodes:
+                stack = node.meta.get("nn_module_stack", {})
+                through.update(view.shown(path) for path, _ in stack.values())
+                module = view.module(node)
+                if module is not None:
+                    called.add(id(module))
+                    through.update(_above(str(node.target)))
+                    if module._modules and str(node.target) not in stopped:
+                        hook = has_hooks(module)
+                        because = f", since it carries {hook}" if hook else ""
+                        whole = f"{describe(node, view)}, which is kept whole{because}"
+                        inside.update((id(each), whole) for each in module.modules())
+        reasons = {}
+        for name, module in self._modules.items():
+            # An anchor is one call or none: who calls what is inside of it passes it by.
+            is_through = name in through and not any(self._looking_for(module))
+            if id(module) not in called and (not is_through or id(module) in inside):
                 called.add(id(module))
-                through.update(_above(str(node.target)))
-                if module._modules and str(node.target) not in stopped:
-                    hook = has_hooks(module)
-                    because = f", since it carries {hook}" if hook else ""
-                    whole = f"{describe(node, view)}, which is kept whole{because}"
-                    inside.update((id(each), whole) for each in module.modules())
-    reasons = {}
-    for name, module in modules.items():
-        if id(module) not in called and (name not in through or id(module) in inside):
-            called.add(id(module))
-            reasons[name] = _reason(name, module, inside, stopped)
-    return reasons
-
-
-def out_of_reach(
-    modules: Mapping[str, nn.Module], reasons: Mapping[str, str], rules: Sequence[Rule[Any]]
-) -> list[Finding]:
-    """A finding for each module of an anchor's type among those that no node calls."""
-    findings = []
-    for name, reason in reasons.items():
-        loud = (rule for rule in rules if not rule.quiet)
-        rule = next((rule for rule in loud if is_anchor(modules[name], rule)), None)
-        if rule is not None:
-            anchor = name or type(modules[name]).__name__
-            findings.append(Finding(anchor, "missed", rule.name, cause=reason))
-    return findings
+                reasons[name] = _reason(name, module, inside, stopped)
+        return reasons
 
 
 def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -106,13 +106,13 @@ class Bystander:
 class Report:
     """All findings of one rewrite, in the order of the graph; printed, it is a compact table.
 
-    `rule_sets` names the rules of each set, `modules` all modules of the model, an alias by the
-    name that the graph has for it, and `nodes` the nodes that were looked at. `bystanders` has
-    what is no anchor, took part in nothing, and might have; `unreached` says of modules why no call
-    of them was looked at. `into` is "graph" or "modules", what the result is; `stops` has each
-    module that could not be traced, and why. `assumptions` has what a forward asks that a graph
-    answers once: a graph checks it, and a module tree need not. `parameter_names` has for each key
-    of the model's state dict what became of it.
+    `rule_sets` names the rules of each set, `modules` all modules of the model, each with the first
+    of its names, `calls` for each layer the calls of functions that are given its tensors, and
+    `nodes` the nodes that were looked at. `bystanders` has what is no anchor, took part in nothing,
+    and might have; `unreached` says of modules why no call of them was looked at. `into` is "graph"
+    or "modules", what the result is; `stops` has each module that could not be traced, and why.
+    `assumptions` has what a forward asks that a graph answers once: a graph checks it, and a module
+    tree need not. `parameter_names` has for each key of the model's state dict what became of it.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -127,6 +127,7 @@ class Report:
     findings: tuple[Finding, ...]
     rule_sets: Mapping[str, tuple[str, ...]]
     modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    calls: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict, repr=False)
     nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
     bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
     unreached: Mapping[str, str] = attrs.field(factory=dict, repr=False)
@@ -177,9 +178,9 @@ class Report:
         found = list(self.findings)
         if name:
             found = [f for f in found if any(map(f.is_about, names))]
-            near = next((each for each in names if each in self.bystanders), None)
-            if not found and near is not None:
-                return _of_bystanders(name, self.bystanders[near])
+            near = [one for each in names for one in self.bystanders.get(each, ())]
+            if not found and near:
+                return _of_bystanders(name, near)
             inside = self._inside(name)
             found = found or [f for f in self.findings if inside(f.anchor)]
         if found:
@@ -199,15 +200,16 @@ class Report:
         return f"{name}: no rule looks for a {kind} of this kind, and no match includes it"
 
     def names(self, name: str) -> list[str]:
-        """A module's qualified names, the one given first; or a node's name alone."""
+        """A module's qualified names, the one given first, and calls; or a node's name alone."""
         known = self.modules.get(name, name)
         aliases = (k for k, first in self.modules.items() if first == known)
-        return list(dict.fromkeys((name, known, *aliases)))
+        return list(dict.fromkeys((name, known, *aliases, *self.calls.get(known, ()))))
 
     def _inside(self, name: str) -> Callable[[str], bool]:
         """Whether a name is that of something inside a container, whatever that is called."""
         below = {first for k, first in self.modules.items() if k.startswith(f"{name}.")}
-        return lambda each: each.startswith(f"{name}.") or self.modules.get(each) in below
+        below.update(call for first in [*below] for call in self.calls.get(first, ()))
+        return lambda each: each.startswith(f"{name}.") or self.modules.get(each, each) in below
 
     def check(self, expected: Mapping[str, int]) -> None:
         """Raise ExpectationError unless each rule or rule set applied as often as expected.
@@ -272,13 +274,13 @@ class Report:
         return tuple(finding for finding in self.findings if finding.outcome == outcome)
 
 
-def _of_bystanders(name: str, bystanders: tuple[Bystander, ...]) -> str:
+def _of_bystanders(name: str, bystanders: Sequence[Bystander]) -> str:
     """What rules say of a node, each reason once."""
-    roles: dict[str, list[str]] = {}
+    roles: dict[str, dict[str, None]] = {}
     for each in bystanders:
-        roles.setdefault(str(each.miss), []).append(each.role)
+        roles.setdefault(str(each.miss), {})[each.role] = None
     lines = []
-    for reason, found in roles.items():
+    for reason, found in ((reason, list(each)) for reason, each in roles.items()):
         several = f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
         lines.append(f"{name}: it could be {several}, but {reason}")
     return "\n".join(lines)

@@ -54,7 +54,8 @@ class GraphView:
 
     def shown(self, name: str) -> str:
         """What reports call a node or module: a node of a part has the part's name before it."""
-        return name if not self.part or name in self.modules else f"{self.part}.{name}"
+        prefix = f"{self.part}." if self.part else ""
+        return name if name.startswith(prefix) else prefix + name
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, or None where it calls none."""

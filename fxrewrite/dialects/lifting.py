@@ -7,7 +7,7 @@ becomes the call of a module of our own around the same tensors. `lowering` take
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -139,13 +139,15 @@ class Lifting:
         return None
 
     @property
-    def owners(self) -> dict[str, str]:
-        """Each module of the model whose tensors a call was given, with the call's name."""
-        found: dict[str, str] = {}
+    def behind(self) -> Iterator[tuple[str, str, tuple[type[nn.Module], ...]]]:
+        """Each owner of tensors that a call is given, the call's name, and the types it spells."""
         for lifted in self.lifted.values():
             for target in lifted.targets.values():
-                found.setdefault(_parent_name(target)[0], str(lifted.node.target))
-        return {owner: name for owner, name in found.items() if owner in self._view.modules}
+                yield _parent_name(target)[0], str(lifted.node.target), (type(lifted.module),)
+        for each in self.declined:
+            for read in each.node.all_input_nodes:
+                if read.op == "get_attr":
+                    yield _parent_name(str(read.target))[0], each.node.name, each.kinds
 
     def _constant(self, node: fx.Node) -> tuple[str, Any] | None:
         """The name and value of the model's tensor that a node reads, transposed perhaps."""
