@@ -132,7 +132,11 @@ class IntoModules:
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
         reason = self._flows.refusal(
             chain,
-            [self._original(link) for link in changed if not self._stays(link, action)],
+            {
+                self._original(link): _becomes(link, action, slot)
+                for link in changed
+                if not self._stays(link, action)
+            },
             self._gone,
             late=any(link.node < node for link in gone for node in stays),
         )
@@ -173,6 +177,14 @@ class IntoModules:
 def _is_idle(link: Link) -> bool:
     """Whether a link is no module, or one that does nothing where it is."""
     return link.module is None or hands_on(link.module)
+
+
+def _becomes(link: Link, action: Action, slot: Link | None) -> nn.Module:
+    """What stands in a link's place, once its module has changed."""
+    if isinstance(action, Revise):
+        new = action.steps[link.step.name]
+        return nn.Identity() if new is None else new
+    return action.module if isinstance(action, Replace) and link is slot else nn.Identity()
 
 
 def _is_gone(link: Link, action: Action, slot: Link | None) -> bool:

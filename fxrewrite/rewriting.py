@@ -76,6 +76,10 @@ class Rewriter:
                 if example_inputs is not None:
                     witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
                     _record_shapes_of_parts(parts, views, witness)
+                if parts.unseen:
+                    graph, remarks = flows.outline(parts.unseen)
+                    views.append(GraphView(model, graph, {}, modules))
+                    views[-1].remarks.update(remarks)
                 trees = {view: IntoModules(view, flows, witness) for view in views}
                 stops = tuple(parts.stops.values())
                 applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)

@@ -114,7 +114,7 @@ class Seen:
             return self.remark or f"the model's input {self.target!r}"
         if self.op == "get_attr":
             return f"the model's attribute {self.target}"
-        return "the model's output"
+        return self.remark or "the model's output"
 
 
 @attrs.frozen(eq=False)

@@ -86,11 +86,32 @@ def test_the_report_tells_of_each_module_that_stopped_tracing() -> None:
     assert [each["name"] for each in json.loads(report.to_json())["stops"]] == ["2", "2.deep"]
 
 
-def test_an_anchor_that_untraced_code_calls_is_missed_for_that_reason() -> None:
+def test_what_untraced_code_calls_is_found_by_reading_it() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.bn(m.conv(x)) if x.sum() > 0 else x
 
-    _, report = rewritten(Forward(forward, conv=conv(), bn=bn(), block=block()), applied=1)
+    made, _ = rewritten(Forward(forward, conv=conv(), bn=bn(), block=block()), applied=2)
+    assert isinstance(made.bn, nn.Identity)
+
+
+def test_an_anchor_of_untraced_code_says_what_it_reads_there() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.bn(m.act(m.conv(x)) if x.sum() > 0 else x)
+
+    _, report = rewritten(Forward(forward, conv=conv(), bn=bn(), act=nn.ReLU()), applied=0)
+    line = forward.__code__.co_firstlineno + 1
+    assert report.why("bn") == (
+        "bn: missed by fold_conv_bn: it reads a value of code that can't be traced, at `return "
+        f"m.bn(m.act(m.conv(x)) if x.sum() > 0 else x)` in forward (test_partial.py:{line}), "
+        "not a Conv1d, Conv2d or Conv3d"
+    )
+    assert "feeds act (ReLU), not a BatchNorm" in report.why("conv")
+
+
+def test_an_anchor_that_no_code_calls_says_so() -> None:
+    """So does one that only code calls which can't be read."""
+    model = Forward(lambda m, x: m.conv(x) if x.sum() > 0 else x, conv=conv(), bn=bn())
+    _, report = rewritten(model, applied=0)
     assert "no call of it could be traced: tracing stopped in Forward" in report.why("bn")
     assert "it branches on a value that only a real run has" in report.why("bn")
 

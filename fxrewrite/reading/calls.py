@@ -83,6 +83,11 @@ class Arguments:
         """All that is given."""
         return (*self.positional, *self.keywords.values())
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one value, and by position."""
+        return self.exact and len(self.positional) == 1 and not self.keywords
+
     def after(self, first: Value) -> Arguments:
         """The same with another argument before them."""
         return attrs.evolve(self, positional=(first, *self.positional))
@@ -279,7 +284,8 @@ def _forward(module: nn.Module, given: Arguments, at: Expressions, node: ast.AST
                 reader.touch(inner, at.at(node))
         if hands_on(module) and not module.training and len(given.values) == 1:
             return given.values[0]
-        return frozenset({reader.call(module, node, given.values, at.at(node))})
+        found = reader.call(module, node, given.values, at.at(node), on_one=given.is_one)
+        return frozenset({found})
     own = module.__dict__.get("forward")
     if own is not None:
         return call(Known(own), given, at, node)

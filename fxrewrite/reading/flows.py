@@ -7,13 +7,14 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from . import calls, objects
 from .expressions import Expressions
+from .outline import outline
 from .reader import Reader, is_of_library
 from .sources import Source
 from .values import UNKNOWN, Call, Known, Output, Value, known
@@ -55,7 +56,7 @@ class Flows:
     def refusal(
         self,
         chain: Sequence[nn.Module],
-        changed: Collection[nn.Module],
+        changed: Mapping[nn.Module, nn.Module],
         gone: Collection[int],
         *,
         late: bool,
@@ -64,14 +65,17 @@ class Flows:
 
         Args:
             chain: the modules of a chain, in the order of its calls.
-            changed: those of them that are to become others.
+            changed: what those of them become that are to become others.
             gone: the identities of modules that hand on what they are given by now.
             late: whether what the first one reads would be read only where the last one is called.
         """
-        for module in changed:
+        for module, new in changed.items():
             where = self._reader.escaped.get(id(module))
             if where is not None:
                 return f"{self._name(module)} may also be used by {where}"
+            for name, at in self._reader.looked_at.get(id(module), {}).items():
+                if not _is_alike(module, new, name):
+                    return f"{self._name(module)}.{name} may be read, and would change, by {at}"
         for first, second in itertools.pairwise(chain):
             reason = self._parted(first, second, gone, late=late)
             if reason is not None:
@@ -82,6 +86,12 @@ class Flows:
         """How often a forward calls a module at most; None if nobody knows."""
         calls = self._calls.get(id(module), ())
         return None if any(call.loops for call in calls) else len(calls)
+
+    def outline(self, modules: Collection[nn.Module]) -> tuple[fx.Graph, dict[fx.Node, str]]:
+        """A graph of the calls of these modules, with what its inputs and output are, in words."""
+        wanted = set(map(id, modules))
+        calls = (each for each in self._reader.calls.values() if id(each.module) in wanted)
+        return outline(calls, self._names)
 
     def _parted(
         self, first: nn.Module, second: nn.Module, gone: Collection[int], *, late: bool
@@ -132,6 +142,12 @@ class Flows:
 
     def _name(self, module: nn.Module) -> str:
         return self._names[id(module)]
+
+
+def _is_alike(module: nn.Module, new: nn.Module, name: str) -> bool:
+    """Whether reading a plain attribute gives the same of both modules."""
+    found, other = getattr(module, name), getattr(new, name, None)
+    return type(found) is type(other) and bool(found == other)
 
 
 class _Outside(Expressions):

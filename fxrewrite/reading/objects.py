@@ -76,7 +76,10 @@ def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
         if name == "training":
             return UNKNOWN
         if at.reader.is_leaf(obj):
-            at.reader.touch(obj, at.at(node))
+            if is_plain(_own(obj, name)):
+                at.reader.look_at(obj, name, at.at(node))
+            else:
+                at.reader.touch(obj, at.at(node))
     if isinstance(obj, (*PLAIN, *_WITHOUT_STATE)):
         found = getattr(obj, name, MISSING)
         return UNKNOWN if found is MISSING else known(found)

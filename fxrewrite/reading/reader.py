@@ -27,8 +27,9 @@ class Reader:
     """The state of reading a model's code: where it is, and what was found so far.
 
     `calls` has each call of a module that is a leaf, by the way that leads there; `escaped` has, by
-    identity, where a module may be used otherwise than by a call that was read. What an earlier
-    reader, `before`, found to change is known from the start.
+    identity, where a module may be used otherwise than by a call that was read; `looked_at` has,
+    by identity and name, where a plain attribute of a leaf is read. What an earlier reader,
+    `before`, found to change is known from the start.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Reader:
         self.modules = {id(each): each for each in model.modules()}
         self.calls: dict[Any, Call] = {}
         self.escaped: dict[int, str] = {}
+        self.looked_at: dict[int, dict[str, str]] = {}
         # Attributes that code of the forward sets, and containers that it changes.
         self.changing: set[tuple[int, str | None]] = (
             set() if before is None else set(before.changing)
@@ -62,12 +64,15 @@ class Reader:
         if self._steps > _MOST_STEPS:
             raise UnreadableError("it is too long")
 
-    def call(self, module: nn.Module, node: Any, given: Iterable[Value], where: str) -> Output:
+    def call(
+        self, module: nn.Module, node: Any, given: Iterable[Value], where: str, *, on_one: bool
+    ) -> Output:
         """Note that a leaf may be called on these values; gives what it returns."""
         key = (id(module), *self.path, id(node))
         if key not in self.calls:
             self.calls[key] = Call(module, where, tuple(self.loops))
         call = self.calls[key]
+        call.on_one &= on_one
         call.guarded = call.guarded or (self.guards[-1] if self.guards else "")
         for value in given:
             for atom in value:
@@ -108,8 +113,12 @@ class Reader:
         for module in self.reach(obj):
             self.touch(module, where)
 
+    def look_at(self, module: nn.Module, name: str, where: str) -> None:
+        """Note that a plain attribute of a leaf is read."""
+        self.looked_at.setdefault(id(module), {}).setdefault(name, self._under(where))
+
     def touch(self, module: nn.Module, where: str) -> None:
-        """Note that a module is looked at, or used otherwise than by a call that is read."""
+        """Note that a module may be used otherwise than by a call that is read."""
         self.escaped.setdefault(id(module), self._under(where))
 
     def change(self, obj: Any, name: str | None) -> None:

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from . import objects
 from .loops import Loops
 from .reader import Reader, UnreadableError
@@ -72,6 +74,8 @@ class Frame(Loops):
             for atom in self.value(target.value):
                 if isinstance(atom, Known):
                     self.reader.change(atom.value, name)
+                    if isinstance(atom.value, nn.Module):  # of which another may take the place
+                        self.reader.touch(atom.value, self.at(target))
                 else:
                     self.reader.consume(frozenset({atom}), self.at(target))
         else:

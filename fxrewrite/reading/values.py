@@ -101,16 +101,18 @@ UNKNOWN: Value = frozenset({ANYTHING})
 class Call:
     """One place where a module is called, on one way through all functions that lead there.
 
-    `inputs` is what it may be called on, `readers` is who may read what it gives, with where: a
-    further call, or None for anything else. `loops` are those around it that run nobody knows how
-    often. `guarded` is where an error that it raises may be caught. `late` is whether anything may
-    have happened since what it is called on was made.
+    `inputs` is what it may be called on, and `on_one` whether that is one value that stands alone.
+    `readers` is who may read what it gives, with where: a further call, or None for anything else.
+    `loops` are those around it that run nobody knows how often. `guarded` is where an error that it
+    raises may be caught. `late` is whether anything may have happened since what it is called on
+    was made.
     """
 
     module: nn.Module
     where: str
     loops: tuple[int, ...]
     inputs: set[Atom] = attrs.field(factory=set)
+    on_one: bool = True
     readers: dict[Call | None, str] = attrs.field(factory=dict)
     guarded: str = ""
     late: bool = False

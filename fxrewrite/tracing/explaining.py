@@ -17,6 +17,8 @@ _PLAIN_WORDS = {
     "cannot be used as inputs to control flow": "it branches on a value that only a real run has",
     "cannot be iterated": "it iterates over a value whose length only a real run has",
     "'len' is not supported": "it asks for the length of a value that only a real run has",
+    "__int__ returned non-int": "it makes a number of a value that only a real run has",
+    "argument must be a string": "it makes a number of a value that only a real run has",
     "is not a member": "it uses a parameter that belongs to no module of the model",
 }
 

@@ -53,6 +53,7 @@ class Parts:
     ) -> None:
         self.parts: list[Part] = []
         self.stops: dict[str, Stop] = {}
+        self._below_stops: dict[str, nn.Module] = {}
         self._model = model
         self._wanted = wanted
         self._in_leaves = in_leaves
@@ -69,6 +70,18 @@ class Parts:
     def inner(self) -> list[str]:
         """The qualified names of parts that are not the model itself."""
         return [part.name for part in self.parts if part.name]
+
+    @property
+    def unseen(self) -> list[nn.Module]:
+        """The modules that code which can't be traced calls itself, if any of them is wanted."""
+        called = {
+            id(self._model.get_submodule(str(node.target)))
+            for part in self.parts
+            for node in part.graph.find_nodes(op="call_module")
+            if node.target not in part.constants
+        }
+        found = [each for each in self._below_stops.values() if id(each) not in called]
+        return found if any(isinstance(each, self._wanted) for each in found) else []
 
     def keeps_whole(self, module: nn.Module) -> bool:
         """Whether tracing keeps a module of the model as one node, whatever hooks it carries."""
@@ -100,7 +113,9 @@ class Parts:
             for inner, module in _callable_children(opened, name):
                 if inner in self.stops:
                     self._open(inner)
-                elif not self._keeps_whole(module, inner):
+                elif self._keeps_whole(module, inner):
+                    self._below_stops[inner] = module
+                else:
                     self._trace(inner, module)
 
     def _trace(self, name: str, module: nn.Module) -> None:
