@@ -108,14 +108,14 @@ class Engine:
         order = self._order.setdefault(node, len(self._order))
         declined: list[Finding] = []
         for rule in rules:
-            anchor = name_of(node)
+            anchor, itself = name_of(node), (node.name,)
             found = self._find(rule, node)
             if isinstance(found, str):
-                declined.append(Finding(anchor, "refused", rule.name, cause=found))
+                declined.append(Finding(anchor, "refused", rule.name, nodes=itself, cause=found))
                 continue
             if not isinstance(found, Site):
                 if not rule.quiet:
-                    declined.append(Finding(anchor, "missed", rule.name, cause=found))
+                    declined.append(Finding(anchor, "missed", rule.name, nodes=itself, cause=found))
                 continue
             steps, nodes = found.steps, tuple([each.name for each in found.nodes])
             outcome = self._apply(rule, found)
@@ -127,7 +127,7 @@ class Engine:
                 self._script.applied.append((rule, finding))
                 return outcome.made
             if rule.pattern.is_group:  # each sibling is told of by itself
-                steps, nodes = (), ()
+                steps, nodes = (), itself
             is_missed = isinstance(outcome, Missed)
             if not (is_missed and rule.quiet):
                 what: Outcome = "missed" if is_missed else "refused"

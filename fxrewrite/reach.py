@@ -112,7 +112,10 @@ def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
                 continue
             wanted = rule.pattern.anchor_step.modules
             if any(issubclass(kind, wanted) for kind in each.kinds):
-                findings.append(Finding(each.node.name, "missed", rule.name, cause=each.reason))
+                name = each.node.name
+                findings.append(
+                    Finding(name, "missed", rule.name, nodes=(name,), cause=each.reason)
+                )
                 break
     return findings
 

@@ -25,9 +25,10 @@ class Finding:
     """What became of one anchor, a node or module of the kind that a rule looks for first.
 
     `anchor` is its qualified name (or the node's own, where it calls no module). `steps` pairs
-    each step that matched with what it calls, `nodes` are those nodes' names, `became` is what
-    stands there now, and `notes` is what else there is to know. Where nothing was applied, `others`
-    are what the other rules that look for this kind of anchor said of it.
+    each step that matched with what it calls, `nodes` are those nodes' names, or that of the anchor
+    alone where no chain matched; `became` is what stands there now, and `notes` is what else there
+    is to know. Where nothing was applied, `others` are what the other rules that look for this kind
+    of anchor said of it.
     """
 
     anchor: str

@@ -253,11 +253,42 @@ def test_what_is_traced_by_itself_is_told_of_by_itself() -> None:
     assert [each.anchor for each in report.findings] == ["bn", "bn", "seq.1", "seq.1"]
 
 
-def test_in_a_model_of_parts_a_batch_norm_is_told_of_at_each_call() -> None:
-    """No bound is set there, since the calls are not known."""
+def model_of_parts() -> nn.Module:
+    """A model that can't be traced, around one that is a part."""
     children = {"bn": nn.BatchNorm2d(4), "other": nn.Tanh()}
-    inner = written(children, ["return self.bn(self.other(self.bn(x)))"], "x")
+    given = "self.bn.running_mean, self.bn.running_var"
+    lines = ["y = self.bn(self.other(self.bn(x)))", f"return F.batch_norm(y, {given})"]
+    inner = written(children, lines, "x")
     lines = ["z = self.inner(x)", "return z if z.sum() > 0 else -z"]
-    model = nets.randomise(written({"inner": inner}, lines, "x")).double()
-    report = properties.check_model("conv_bn", model, (nets.X,))
-    assert [each.anchor for each in report.findings] == ["inner.bn", "inner.bn"]
+    return nets.randomise(written({"inner": inner}, lines, "x")).double()
+
+
+def test_in_a_model_of_parts_a_batch_norm_is_told_of_at_each_call() -> None:
+    """By its own name, or by that of the function's call."""
+    report = properties.check_model("conv_bn", model_of_parts(), (nets.X,))
+    anchors = ["inner.bn", "inner.bn", "inner.batch_norm"]
+    assert [each.anchor for each in report.findings] == anchors
+
+
+@pytest.mark.parametrize(
+    ("kept", "caught"),
+    [
+        ([0, 1], "nothing is said of inner.batch_norm"),
+        ([2], "nothing is said of inner.bn by fold_conv_bn"),
+        ([0, 0, 1, 2], "inner.bn is declined 3 times"),
+        ([0, 1, 2, 2], "inner.batch_norm is declined 2 times"),
+    ],
+)
+def test_what_a_report_of_parts_loses_or_tells_twice_is_caught(
+    kept: list[int], caught: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are held to as much as a model that is traced as a whole."""
+
+    def rewrite(*args: Any, **options: Any) -> tuple[Any, fxr.Report]:
+        made, report = fxr.rewrite(*args, **options)
+        return made, attrs.evolve(report, findings=tuple(report.findings[i] for i in kept))
+
+    monkeypatch.setattr(properties, "rewrite", rewrite)
+    with pytest.raises(UnsoundError) as error:
+        properties.check_model("conv_bn", model_of_parts(), (nets.X,))
+    assert error.value.found == caught

@@ -123,6 +123,13 @@ def test_a_step_of_a_branch_tells_where_the_match_stopped(where: str) -> None:
     assert said in told
 
 
+def test_an_anchor_at_which_no_chain_matched_is_known_by_its_node_too() -> None:
+    """A node of the graph is called otherwise than the module."""
+    block = Forward(lambda m, x: m.bn(x.tanh()), bn=bn())
+    report = fxr.plan(Forward(lambda m, x: m.block(x), block=block), "conv_bn")
+    assert "it reads tanh (.tanh())" in report.why("block_bn")
+
+
 def test_a_reason_that_several_rules_have_is_told_once() -> None:
     """The steps that a node could be are listed before it."""
     rules = [declines(name, None, a=nn.ReLU, b=nn.GELU) for name in ("one", "two", "three")]

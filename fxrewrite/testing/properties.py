@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,12 @@ from fxrewrite.dialects.spellings import SPELLINGS
 from fxrewrite.errors import FxRewriteError, TraceError
 from fxrewrite.matching import accepts
 from fxrewrite.registry import Rules, resolve
-from fxrewrite.report import Report
+from fxrewrite.report import Finding, Report
 from fxrewrite.ruleset import Rule
 from fxrewrite.sites import name_of
-from fxrewrite.tracing.tracer import trace
+from fxrewrite.steps import Pattern
+from fxrewrite.tracing.partial import Parts
+from fxrewrite.tracing.tracer import attempt
 from fxrewrite.view import GraphView
 
 from .observing import Record, Run, bits, difference, relative_error, run
@@ -124,30 +126,27 @@ def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None
 
 def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -> str | None:
     """An anchor of the model that the report says nothing of, or more than one thing."""
-    try:
-        leaves = [kind for rule in rules for kind in rule.pattern.module_types]
-        graph, constants = trace(model, leaves)
-    except TraceError:  # it was rewritten in parts
-        graph, constants = fx.Graph(), {}
-    view = GraphView(model, graph, constants)
     # A quiet rule tells of those anchors only of which it has something to tell.
     loud = [rule for rule in rules if not rule.quiet]
-    kinds = tuple(kind for rule in loud for kind in rule.pattern.anchor_step.modules)
+    anchors = [rule.pattern.anchor_step for rule in loud]
+    kinds = tuple(kind for step in anchors for kind in step.modules)
+    spelt = tuple(kind for step in anchors if not step.captures_call for kind in step.modules)
     calls: Counter[str] = Counter()
-    for node in graph.nodes:
-        name = name_of(node)
-        looking = [rule for rule in loud if accepts(rule.pattern.anchor_step, node, view)]
-        for rule in looking:
-            if not _is_told_by(rule, node, report):
-                return f"nothing is said of {name} by {rule.name}"
-        calls[name] += bool(looking)
-        if not calls[name] and _any_is(_meant(node), kinds):
-            read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
-            names = {node.name, *(name.rpartition(".")[0] for name in read)}
-            calls.update(dict.fromkeys(names, 1))
-            if not _is_told(report, *names):
-                return f"nothing is said of {node.name}"
-    called = {id(view.module(node)) for node in graph.nodes}
+    called: set[int] = set()
+    functions = {each for rule in rules for each in _functions(rule.pattern)}
+    for view in _views(rules, model, report.into):
+        for node in view.graph.nodes:
+            called.add(id(view.module(node)))
+            name, own = view.shown(name_of(node)), view.shown(node.name)
+            told = [each for each in report.findings if own in each.nodes]
+            looking = [rule for rule in loud if accepts(rule.pattern.anchor_step, node, view)]
+            for rule in looking:
+                if not _is_told_by(rule, told):
+                    return f"nothing is said of {name} by {rule.name}"
+            means = node.target not in functions and _any_is(_meant(node), spelt)
+            if means and not told:
+                return f"nothing is said of {own}"
+            calls[name] += bool(looking) or means
     for name, module in model.named_modules():
         if isinstance(module, kinds) and id(module) not in called:
             calls[name or type(module).__name__] += 1
@@ -156,17 +155,29 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     names_of_loud = {rule.name for rule in loud}
     findings = (e for e in (*report.refused, *report.missed) if e.rule in names_of_loud)
     declined = Counter(each.anchor for each in findings)
-    # What is below a module that is kept whole may be traced by itself, and called there.
-    wholes = tuple(f"{node.target}." for node in graph.find_nodes(op="call_module"))
-    known = (name for name in calls if graph.nodes and not name.startswith(wholes))
-    twice = [name for name in known if declined[name] > calls[name]]
+    twice = [name for name in calls if declined[name] > calls[name]]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
 
-def _is_told_by(rule: Rule[Any], node: fx.Node, report: Report) -> bool:
-    """Whether a rule's answer at an anchor is in the report, or else that another one applied."""
-    names = {node.name, *report.names(name_of(node))}
-    told = [each for each in report.findings if any(map(each.is_about, names))]
+def _views(rules: Sequence[Rule[Any]], model: nn.Module, into: str) -> list[GraphView]:
+    """The graphs that the rules were asked about: of the model, or of its parts."""
+    leaves = tuple(kind for rule in rules for kind in rule.pattern.module_types)
+    wanted = leaves if all(r.pattern.anchor_step.modules for r in rules) else (nn.Module,)
+    whole = attempt(model, leaves)
+    found = Parts(model, whole, wanted, leaves, in_leaves=into == "modules").parts
+    return [GraphView(model, each.graph, each.constants, part=each.name) for each in found]
+
+
+def _functions(pattern: Pattern) -> Iterator[Any]:
+    """The functions that a rule is about as they are, whatever module their call stands for."""
+    for step in pattern.steps:
+        yield from () if step.modules else step.functions
+    for branch in pattern.branches:
+        yield from _functions(branch.pattern)
+
+
+def _is_told_by(rule: Rule[Any], told: Sequence[Finding]) -> bool:
+    """Whether a rule's answer is among what is told of an anchor, or else that another applied."""
     said = (one.rule for each in told for one in (each, *each.others))
     return rule.name in said or any(each.outcome == "applied" for each in told)
 
