@@ -461,6 +461,55 @@ def test_a_thread_that_traces_is_the_only_one_that_is_watched() -> None:
     assert set(seen) == {None}
 
 
+class OptionalMaskInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = OptionalMask()
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        return self.inner(x, mask)
+
+
+class RunsForwards(fx.Tracer):
+    """A tracer that runs the forward of what it traces through by itself."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        return m.forward(*args, **kwargs)
+
+
+class MakesArguments(fx.Tracer):
+    """A tracer that calls the forward without a word to the methods that FX has for it."""
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        def call(*_: Any) -> Any:
+            proxies = [self.create_proxy("placeholder", name, (), {}) for name in ("x", "mask")]
+            return type(root).forward(root, *proxies)
+
+        self.create_args_for_root = lambda *_: (call, [])  # type: ignore[method-assign]
+        return super().trace(root, concrete_args)
+
+
+@pytest.mark.parametrize("tracer", [fx.Tracer, RunsForwards, MakesArguments])
+def test_what_a_forward_asks_is_seen_whatever_the_tracer(tracer: type[fx.Tracer]) -> None:
+    _, report = fxr.rewrite(model_of(OptionalMaskInside), "conv_bn", tracer=tracer)
+    assert report.into == "modules"
+
+
+def test_what_fx_does_for_a_call_is_not_watched() -> None:
+    """It asks nothing of a value, and would be several times slower."""
+    seen = []
+
+    class Telling(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            seen.append(sys.gettrace())
+            return super().is_leaf_module(m, module_qualified_name)
+
+    fxr.rewrite(model_of(OptionalMaskInside), "conv_bn", tracer=Telling)
+    assert set(seen) == {None}
+
+
 class Scaled(nn.BatchNorm2d):
     """A norm whose forward is its own, so that nobody knows what it gives."""
 

@@ -24,9 +24,9 @@ def keep_types(tracer: fx.Tracer) -> None:
     create_arg = tracer.create_arg
 
     def create(value: Any) -> Any:
-        if not isinstance(value, dict) or isinstance(value, fx.Proxy) or type(value) in _PLAIN:
+        kind = type(value)  # isinstance() would ask a value of the trace what it stands for
+        if kind in _PLAIN or not issubclass(kind, dict):
             return create_arg(value)
-        kind = type(value)
         if dataclasses.is_dataclass(value):
             names = [each.name for each in dataclasses.fields(value)]
             fields = {name: create(getattr(value, name)) for name in names}

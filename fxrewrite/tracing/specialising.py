@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import FrameType
 from typing import Any
 
 import attrs
@@ -15,25 +15,13 @@ from torch import fx, nn
 
 from ..expecting import Equal, Expectation, LeftOut, Mode, NotNone, NotSame, OfType
 from ..modules import fresh_name
-from .asking import Question, questions
+from .asking import Question
 from .assumption import Assumption, message
 from .forward_code import is_of_a_forward, line_of
+from .frames import Frames
 from .kinds import Kinds
 from .operands import Unclear, evaluate, holds_proxy, lookup, spelt
 from .proxies import Proxy
-
-
-@attrs.frozen(eq=False)
-class _Known:
-    """A function that was called, which is held so that its id stays its own, and what it asks."""
-
-    code: CodeType
-    questions: Mapping[int, Question]
-
-    @functools.cached_property
-    def lines(self) -> frozenset[int]:
-        """The numbers of the lines with questions."""
-        return frozenset(each.line for each in self.questions.values() if each.line)
 
 
 class Watch:
@@ -49,43 +37,31 @@ class Watch:
         self.expectations: dict[str, Expectation] = {}
         self._tracer, self._model, self._left_out = tracer, model, left_out
         self._kinds = Kinds(model)
-        self._names = {id(module): name for name, module in model.named_modules()}
         self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
-        self._known: dict[int, _Known] = {}
         self._asking: tuple[FrameType, int] | None = None
-        self._before: Any = None
         self._arguments = tracer.create_args_for_root
         tracer.create_args_for_root = self._at_default  # type: ignore[method-assign, assignment]
-        self._create = tracer.create_proxy
-        tracer.create_proxy = self._unwatched  # type: ignore[method-assign]
+        self._frames = Frames(tracer, self._on_question)
+
+    @functools.cached_property
+    def _ids(self) -> frozenset[int]:
+        """The identities of the model's modules."""
+        return frozenset(map(id, self._model.modules()))
 
     def __enter__(self) -> Watch:
-        before = self._before = sys.gettrace()
         self._tracer.watch = self  # type: ignore[attr-defined]
-        sys._getframe().f_trace_opcodes = True  # which Python 3.12 wants to be told beforehand
-        # One that is written in C would put itself in our place.
-        is_plain = isinstance(before, FunctionType | MethodType)
-        sys.settrace(self._on_call_with(before) if is_plain else self._on_call())
+        self._frames.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
+        self._frames.__exit__()
         self._asking = None
         del self._tracer.watch  # type: ignore[attr-defined]
 
-    def _unwatched(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a node; nothing is asked there, and FX calls many functions of its own for it."""
-        if self._before is not None:  # a debugger, say, which wants to see it
-            return self._create(*args, **kwargs)
-        watching = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return self._create(*args, **kwargs)
-        finally:
-            sys.settrace(watching)
-
     def assumptions(self, graph: fx.Graph, raised: Iterable[str]) -> tuple[Assumption, ...]:
         """What the graph takes for granted, but not what was asked in modules that raised."""
+        if not self._found:
+            return ()
         live, gone = set(graph.nodes), tuple(f"{name}." for name in raised)
         whole = {str(node.target) for node in live if node.op == "call_module"}
         found = []
@@ -133,56 +109,8 @@ class Watch:
             self._add(line, reason, lambda text: Equal(text, default), (argument,), name)
         return default
 
-    def _on_call(self) -> Callable[[FrameType, str, Any], Any]:
-        known, learn, follow = self._known, self._learn, self._in_forward
-        dull: set[int] = set()
-
-        def on_call(frame: FrameType, event: str, value: Any) -> Any:
-            key = id(frame.f_code)
-            if key in dull:  # nearly all of what is called is FX's own
-                return None
-            if key not in known and not learn(frame.f_code).questions:
-                dull.add(key)
-                return None
-            return follow
-
-        return on_call
-
-    def _on_call_with(self, others: Any) -> Callable[[FrameType, str, Any], Any]:
-        """As `_on_call`, with a trace function that was there before, such as a debugger's."""
-        own = self._on_call()
-
-        def on_call(frame: FrameType, event: str, value: Any) -> Any:
-            theirs, ours = others(frame, event, value), own(frame, event, value)
-            if theirs is None or ours is None:
-                return theirs or ours
-
-            def in_forward(frame: FrameType, event: str, value: Any) -> Any:
-                nonlocal theirs
-                ours(frame, event, value)
-                if event != "opcode" and theirs is not None:
-                    theirs = theirs(frame, event, value)
-                return in_forward
-
-            return in_forward
-
-        return on_call
-
-    def _in_forward(self, frame: FrameType, event: str, value: Any) -> Any:
-        known = self._known[id(frame.f_code)]
-        if event == "line":
-            frame.f_trace_opcodes = frame.f_lineno in known.lines
-        elif event == "opcode" and (question := known.questions.get(frame.f_lasti)) is not None:
-            self._asking = (frame, frame.f_lasti)
-            self._on_question(frame, question)
-        return self._in_forward
-
-    def _learn(self, code: CodeType) -> _Known:
-        known = _Known(code, questions(code) if is_of_a_forward(code) else {})
-        self._known[id(code)] = known
-        return known
-
     def _on_question(self, frame: FrameType, question: Question) -> None:
+        self._asking = (frame, frame.f_lasti)
         named = [lookup(frame, name) for name in question.names]
         if question.kind != "training" and not any(map(holds_proxy, named)):
             return
@@ -208,7 +136,7 @@ class Watch:
             self._decide_type(values[0], values[1], texts, line)
 
     def _decide_mode(self, module: Any, line: str) -> None:
-        if id(module) in self._names:
+        if id(module) in self._ids:
             mode, first = module.training, next(iter(self._tracer.graph.nodes), None)
             is_given = first is not None and first.op == "placeholder"
             value = self._tracer.proxy(first) if first is not None and is_given else None

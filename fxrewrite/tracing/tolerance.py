@@ -27,17 +27,17 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
         return getattr_(name, value, cache)
 
     def call(module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-        name = tracer.path_of_module(module)
-        if tracer.is_leaf_module(module, name):
-            return call_module(module, forward, args, kwargs)
-        last = next(reversed(tracer.graph.nodes))
-        stack = tracer.module_stack.copy()
+        last, depth = next(reversed(tracer.graph.nodes)), len(tracer.module_stack)
         try:
             return call_module(module, forward, args, kwargs)
         except Exception as error:
+            name = tracer.path_of_module(module)
+            if tracer.is_leaf_module(module, name):
+                raise
             raised[name] = error
         leaves.add(name)
-        tracer.module_stack = stack
+        while len(tracer.module_stack) > depth:
+            tracer.module_stack.popitem()
         taken_back = set()
         for node in reversed(tracer.graph.nodes):
             if node is last:

@@ -152,6 +152,10 @@ class _BufferTracer(fx.Tracer):
         self.reads_buffers |= value is not attr_val and not isinstance(attr_val, nn.Parameter)
         return value
 
+    def create_arg(self, a: Any) -> Any:
+        # FX arrives at the same, after it has asked many times what the value is.
+        return a.node if type(a) is Proxy else super().create_arg(a)
+
 
 def _settled(
     model: nn.Module,
@@ -201,9 +205,9 @@ def _traced(
     own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
     raised = tolerant(own, names)
     watched(own)
+    watch = Watch(own, model, left_out)
     before = ModelState(model, buffers=not own.proxy_buffer_attributes)
-    known = set(model.__dict__)
-    graph, watch = None, Watch(own, model, left_out)
+    known, graph = set(model.__dict__), None
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
             with watch:
@@ -249,7 +253,7 @@ def keeps_whole(
     base = tracer() if isinstance(tracer, type) else tracer
 
     def keeps(module: nn.Module, name: str) -> bool:
-        return isinstance(module, types) or name in names or base.is_leaf_module(module, name)
+        return base.is_leaf_module(module, name) or name in names or isinstance(module, types)
 
     return keeps
 
@@ -263,7 +267,7 @@ def _with_leaves(
     own = copy.copy(base)
     own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
     own.is_leaf_module = lambda module, name: (  # type: ignore[method-assign, assignment]
-        has_hooks(module) is not None or keeps(module, name)
+        keeps(module, name) or has_hooks(module) is not None
     )
     if type(base).proxy is fx.Tracer.proxy:  # otherwise the user's tracer has values of its own
         own.proxy = lambda node: Proxy(node, own)  # type: ignore[method-assign]

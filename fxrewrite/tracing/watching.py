@@ -38,8 +38,8 @@ def watched(tracer: fx.Tracer) -> fx.Tracer:
 
     def create(*args: Any, **kwargs: Any) -> fx.Node:
         if (inside := _ambient_state()) != outside:
-            changed = (now for now, before in zip(inside, outside, strict=True) if now != before)
-            state, value = next(changed)
+            changed = zip(_ambient_names(), inside, outside, strict=True)
+            state, value = next((name, now) for name, now, before in changed if now != before)
             raise AmbientStateError(
                 f"the forward computes here under {state} = {value}, which a graph does not record"
             )
@@ -55,17 +55,17 @@ def watched(tracer: fx.Tracer) -> fx.Tracer:
 _DEVICES = sorted({"cpu", (torch.accelerator.current_accelerator() or torch.device("cpu")).type})
 
 
-def _ambient_state() -> tuple[tuple[str, Any], ...]:
+def _ambient_state() -> tuple[Any, ...]:
     """What decides how torch computes, beside the values themselves."""
     return (
-        ("gradients", torch.is_grad_enabled()),
-        ("inference mode", torch.is_inference_mode_enabled()),
-        ("default dtype", torch.get_default_dtype()),
-        *[
-            (
-                f"autocast on {name}",
-                torch.is_autocast_enabled(name) and torch.get_autocast_dtype(name),
-            )
-            for name in _DEVICES
-        ],
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        *[torch.is_autocast_enabled(name) and torch.get_autocast_dtype(name) for name in _DEVICES],
     )
+
+
+def _ambient_names() -> tuple[str, ...]:
+    """What each of that is called."""
+    autocast = [f"autocast on {name}" for name in _DEVICES]
+    return "gradients", "inference mode", "default dtype", *autocast
