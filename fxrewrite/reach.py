@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .dialects.lifting import Lifting
+from .dialects.lifting import Lifting, any_is
 from .modules import _parent_name
 from .report import Finding
 from .ruleset import Rule
@@ -70,7 +70,7 @@ class Reach:
         known, module = self.names[owner], self._modules[owner]
         self.calls[known] = tuple(dict.fromkeys((*self.calls.get(known, ()), call)))
         looking = (rule.pattern.anchor_step.modules for rule in self._looking_for(module))
-        if any(issubclass(kind, wanted) for wanted in looking for kind in kinds):
+        if any(any_is(kinds, wanted) for wanted in looking):
             self._spelt.add(id(module))  # the call answers for it
 
     def _looking_for(self, module: nn.Module) -> Iterator[Rule[Any]]:
@@ -105,18 +105,14 @@ class Reach:
 
 def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
     """A finding for each functional call that is of an anchor's kind, but can't be read as it."""
+    loud = [rule for rule in rules if not rule.quiet]
     findings = []
     for each in lifting.declined:
-        for rule in rules:
-            if rule.quiet:
-                continue
-            wanted = rule.pattern.anchor_step.modules
-            if any(issubclass(kind, wanted) for kind in each.kinds):
-                name = each.node.name
-                findings.append(
-                    Finding(name, "missed", rule.name, nodes=(name,), cause=each.reason)
-                )
-                break
+        anchors = ((rule, rule.pattern.anchor_step.modules) for rule in loud)
+        rule = next((r for r, wanted in anchors if any_is(each.kinds, wanted)), None)
+        if rule is not None:
+            name, why = each.node.name, each.reason
+            findings.append(Finding(name, "missed", rule.name, nodes=(name,), cause=why))
     return findings
 
 

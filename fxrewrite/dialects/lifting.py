@@ -87,9 +87,9 @@ class Lifting:
             kinds = spelling.meaning.kinds
             # A function that a rule names, without the type of module, is left to that rule.
             named = any(
-                node.target in step.functions and not _any_is(kinds, step.modules) for step in steps
+                node.target in step.functions and not any_is(kinds, step.modules) for step in steps
             )
-            if _any_is(kinds, wanted) and not named:
+            if any_is(kinds, wanted) and not named:
                 reason = self._lift(node, spelling)
                 if reason is not None:
                     view.remarks[node] = reason
@@ -209,5 +209,6 @@ def _steps(pattern: Pattern) -> list[Step]:
     return [*inner, *pattern.steps]
 
 
-def _any_is(kinds: tuple[type[nn.Module], ...], wanted: tuple[type[nn.Module], ...]) -> bool:
+def any_is(kinds: tuple[type[nn.Module], ...], wanted: tuple[type[nn.Module], ...]) -> bool:
+    """Whether one of the types is one of those that are wanted, or a subclass of one."""
     return any(issubclass(kind, wanted) for kind in kinds)

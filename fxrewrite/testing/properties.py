@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.copying import NotCopiedError
+from fxrewrite.dialects.lifting import any_is
 from fxrewrite.dialects.spellings import SPELLINGS
 from fxrewrite.errors import FxRewriteError, TraceError
 from fxrewrite.matching import accepts
@@ -143,7 +144,7 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             for rule in looking:
                 if not _is_told_by(rule, told):
                     return f"nothing is said of {name} by {rule.name}"
-            means = node.target not in functions and _any_is(_meant(node), spelt)
+            means = node.target not in functions and any_is(_meant(node), spelt)
             if means and not told:
                 return f"nothing is said of {own}"
             calls[name] += bool(looking) or means
@@ -187,13 +188,8 @@ def _meant(node: fx.Node) -> tuple[type, ...]:
     return SPELLINGS[node.target].meaning.kinds if node.target in SPELLINGS else ()
 
 
-def _is_told(report: Report, *names: str) -> bool:
-    known = {alias for name in names for alias in report.names(name)}
-    return any(each.is_about(name) for each in report.findings for name in known)
-
-
-def _any_is(found: tuple[type, ...], wanted: tuple[type, ...]) -> bool:
-    return any(issubclass(kind, wanted) for kind in found)
+def _is_told(report: Report, name: str) -> bool:
+    return any(any(map(each.is_about, report.names(name))) for each in report.findings)
 
 
 def _rounding(case: Case, expected: Run) -> float:
