@@ -117,6 +117,8 @@ def pools(draw: Any) -> Pool:
         tied = copy.deepcopy(convs[0])
         tied.weight = convs[0].weight
         pool.convs.append(tied)
+    if draw(st.integers(0, 2)) == 0:  # two that differ in their numbers alone
+        pool.convs.append(copy.deepcopy(convs[0]))
     return pool
 
 
@@ -188,6 +190,19 @@ class Block:
                 end = self.call(pools[among], {"c": "conv", "n": "bn", "o": "other"}[among], end)
             ends.append(end)
         self.set(self.one(" + ".join(ends), f"sum([{', '.join(ends)}])"))
+
+    def siblings(self) -> None:
+        """Layers that read one value, each with something behind it or not, and what joins them."""
+        read = self.value()
+        ends = [self.call(self.pool.convs, "conv", read) for _ in range(self.one(2, 2, 3))]
+        behind = self.one("{}", "{}.relu()", "F.gelu({})", "{}.contiguous()", "F.relu({}, True)")
+        ends = [behind.format(end) if self.one(True, False) else end for end in ends]
+        joined = self.one(
+            " * ".join(ends),
+            f"torch.stack([{', '.join(ends)}]).sum(0)",
+            f"torch.cat([{', '.join(ends)}], 1)[:, -{CHANNELS}:]",
+        )
+        self.set(joined)
 
     def other(self) -> None:
         self.call(self.pool.others, "other", self.value())
@@ -346,7 +361,7 @@ class Block:
     LINES = (
         *[chain] * 5, *[functional_chain] * 2, *[block] * 2, *[branches] * 3, layers, layers,
         norm_first, other, function, function, in_place, combine, parameter, number, permuted,
-        buffer, control, sequential,
+        buffer, control, sequential, siblings,
     )  # fmt: skip
 
     def model(self, most: int) -> nn.Module:
