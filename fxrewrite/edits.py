@@ -35,7 +35,8 @@ class Made:
 
     `reads` are the values that it reads, or hands on, the chain's input first; `calls` are the
     calls of new modules; `kept` are those of the chain's nodes that stay, each with the value that
-    the chain has there from now on. Of siblings, `parts` are the new values in their order.
+    it reads from now on. `now` has for each link what stands there from now on; it is empty where
+    there are branches or siblings. Of siblings, `parts` are the new values in their order.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -44,6 +45,7 @@ class Made:
     reads: tuple[fx.Node, ...]
     calls: tuple[NewCall, ...] = ()
     kept: tuple[tuple[Link, fx.Node], ...] = ()
+    now: tuple[fx.Node, ...] = ()
     revises: bool = False
     parts: tuple[fx.Node, ...] = ()
 
@@ -60,13 +62,14 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
     """
     first = site.first
     if isinstance(action, Bypass):
-        return Made((), first, site.input, (site.input,))
+        return Made((), first, site.input, (site.input,), now=_now(site, site.input))
     if isinstance(action, Replace):
         reads = (site.input, *(_node_of(view, site, value) for value in action.inputs))
         place = site.last if action.inputs else first
         node = _module_node(view, place) if slot is None else slot.node
         nodes = (node,) if slot is None else ()
-        return Made(nodes, place, node, reads, (NewCall(action.module, node, reads, slot),))
+        call = NewCall(action.module, node, reads, slot)
+        return Made(nodes, place, node, reads, (call,), now=_now(site, node, slot))
     if isinstance(action, Revise):
         return _revised(view, site, action)
     if isinstance(action, Split):
@@ -97,7 +100,7 @@ def _module_node(view: GraphView, place: fx.Node) -> fx.Node:
 def _revised(view: GraphView, site: Site, action: Revise) -> Made:
     if site.pattern.branches:
         raise TypeError("Revise changes steps of a chain, and this one has branches")
-    nodes, calls, kept = [], [], []
+    nodes, calls, kept, now = [], [], [], []
     value = site.input
     for link in site.links:
         module = action.steps.get(link.step.name)
@@ -110,10 +113,13 @@ def _revised(view: GraphView, site: Site, action: Revise) -> Made:
             nodes += [] if slot is not None else [node]
             calls.append(NewCall(module, node, (value,), slot))
             value = node
+        now.append(value)
     reading = [call.node for call in calls] + [link.node for link, _ in kept]
     first = min(reading, default=site.links[0].node)
     reads = (site.input,)
-    return Made(tuple(nodes), first, value, reads, tuple(calls), tuple(kept), revises=True)
+    return Made(
+        tuple(nodes), first, value, reads, tuple(calls), tuple(kept), tuple(now), revises=True
+    )
 
 
 def _split(view: GraphView, site: Site, action: Split) -> Made:
@@ -137,7 +143,16 @@ def _split(view: GraphView, site: Site, action: Split) -> Made:
 def _made(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Made:
     read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
     outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
-    return Made(tuple(nodes), place, result, tuple(dict.fromkeys(outside)))
+    read = dict.fromkeys(outside)
+    return Made(tuple(nodes), place, result, tuple(read), now=_now(site, result))
+
+
+def _now(site: Site, result: fx.Node, slot: Link | None = None) -> tuple[fx.Node, ...]:
+    """At each link, the result, but before the slot what the chain starts from."""
+    if site.pattern.branches:
+        return ()
+    before = 0 if slot is None else site.links.index(slot)
+    return (site.input,) * before + (result,) * (len(site.links) - before)
 
 
 def discard(view: GraphView, made: Made) -> None:
@@ -183,6 +198,10 @@ def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
             link.node.replace_input_with(link.source, value)
     if result is not last:
         last.replace_all_uses_with(result)
+    for node, now in zip(site.nodes[:-1], made.now, strict=False):
+        if now is not node:
+            for reader in [each for each in node.users if each not in site.nodes]:
+                reader.replace_input_with(node, now)  # it asks for the shape alone
     stay = {result, *(call.node for call in made.calls), *(link.node for link, _ in made.kept)}
     for node in reversed(site.nodes):
         if node not in stay:

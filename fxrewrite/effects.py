@@ -15,13 +15,13 @@ from .dialects.spellings import SPELLINGS
 from .inheriting import overridden
 from .view import GraphView
 
-_IN_PLACE_OPERATORS = {
+IN_PLACE_OPERATORS = {
     getattr(operator, name)
     for name in dir(operator)
     if name.startswith("i") and hasattr(operator, f"__{name}__")
 } | {operator.setitem}
 
-_IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
+_IN_PLACE_METHODS = {f"__{function.__name__}__" for function in IN_PLACE_OPERATORS}
 
 # What is listed here always returns new storage; of anything else that is not assumed.
 _FRESH_MODULES = {
@@ -160,7 +160,7 @@ def lends(node: fx.Node, view: GraphView) -> list[fx.Node]:
 
 def _returns_what_it_writes(node: fx.Node) -> bool:
     if node.op == "call_function":
-        known = node.target in _IN_PLACE_OPERATORS and node.target is not operator.setitem
+        known = node.target in IN_PLACE_OPERATORS and node.target is not operator.setitem
         return known or (base_name(node.target) in _IN_PLACE_CALLS and is_torch(node.target))
     return node.op == "call_method" and node.target in _IN_PLACE_CALLS
 
@@ -230,7 +230,7 @@ def _is_in_place_name(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _writes_first_argument(function: Any) -> bool:
-    return function in _IN_PLACE_OPERATORS or _is_in_place_name(getattr(function, "__name__", ""))
+    return function in IN_PLACE_OPERATORS or _is_in_place_name(getattr(function, "__name__", ""))
 
 
 @functools.lru_cache(maxsize=4096)

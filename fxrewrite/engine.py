@@ -23,6 +23,7 @@ from .parametrized import is_parametrized
 from .renewing import renew
 from .replaying import Script
 from .report import Bystander, Finding, Outcome
+from .rereading import rereading_refusal
 from .ruleset import Rule
 from .sites import Alone, Link, Miss, Site, name_of
 from .soundness import refusal
@@ -196,9 +197,9 @@ class Engine:
             made = edits.prepare(self._view, site, decided, slot)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
-        reason = action_refusal(
-            site, self._view, self._effects, decided, made
-        ) or self._destination.refusal(site, decided, slot, self._effects)
+        reason = action_refusal(site, self._view, self._effects, decided, made)
+        reason = reason or rereading_refusal(site, made, self._view, self._effects)
+        reason = reason or self._destination.refusal(site, decided, slot, self._effects)
         if reason is not None:
             edits.discard(self._view, made)
             return reason

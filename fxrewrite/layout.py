@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from .calming import can_be_calmed
 from .effects import base_name, hands_on, is_fresh, is_torch, written_by
+from .metadata import asks_sizes
 from .sites import describe
 from .soundness import runs_its_forward_alone
 from .steps import Step
@@ -25,9 +26,6 @@ _INDIFFERENT = frozenset(
 _INDIFFERENT_MODULES = (nn.Flatten, nn.Unflatten)
 _SPLITS = frozenset({"chunk", "split", "split_with_sizes"})
 _VIEWS = frozenset({"view", "_unsafe_view"})
-# What only asks for that which does not depend on strides.
-_QUESTIONS = frozenset({"size", "dim", "numel", "sym_size"})
-_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 
 
 def told_apart(value: fx.Node, step: Step, view: GraphView) -> str | None:
@@ -55,7 +53,7 @@ def told_apart(value: fx.Node, step: Step, view: GraphView) -> str | None:
                 return f"{describe(reader, view)} writes in place to {_what(node, value)}"
             if reader.op == "output":
                 return f"{_what(node, value)} is returned, and the caller could tell the difference"
-            if _only_computes(reader, view) or _asks_for_size(reader):
+            if _only_computes(reader, view) or asks_sizes(reader):
                 continue
             if node is value and _name(reader) in _SPLITS:
                 return f"its output is split already, by {describe(reader, view)}"
@@ -105,12 +103,6 @@ def _is_indifferent(node: fx.Node, view: GraphView) -> bool:
         return _name(node) in _INDIFFERENT
     is_known = hands_on(module) or type(module) in _INDIFFERENT_MODULES
     return is_known and runs_its_forward_alone(module)
-
-
-def _asks_for_size(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return len(node.args) > 1 and node.args[1] in _ATTRIBUTES
-    return _name(node) in _QUESTIONS
 
 
 def _splits(reader: fx.Node, value: fx.Node, step: Step, view: GraphView) -> bool:

@@ -182,6 +182,24 @@ def same_module(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
+def differs_in_numbers(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules differ at most in mode, their tensors' numbers, and having a bias."""
+    mine, theirs = one.__dict__, other.__dict__
+    rest = mine.keys() - {"_parameters", "_buffers", "training"}
+    held, given = ({**each._parameters, **each._buffers} for each in (one, other))
+    return (
+        type(one) is type(other)
+        and mine.keys() == theirs.keys()
+        and held.keys() == given.keys()
+        and all(_same(mine[name], theirs[name]) for name in rest)
+        and all(_metadata(held[name]) == _metadata(given[name]) for name in held.keys() - {"bias"})
+    )
+
+
+def _metadata(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
 def _same(one: Any, other: Any) -> bool:
     if one is other:
         return True

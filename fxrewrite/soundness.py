@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from .effects import Effects, is_fresh, written_by
 from .family import FamilyType
 from .inheriting import overridden
+from .metadata import asks
 from .parametrized import is_of_old_norms, is_of_parametrizations, is_parametrized
 from .sites import Site, describe
 from .view import GraphView
@@ -86,6 +87,8 @@ def _other_reader(site: Site, view: GraphView) -> str | None:
         for source in link.sources:
             if len(source.users) > 1 and source is not site.input:
                 others = [user for user in source.users if user is not link.node]
+                if not site.pattern.branches and all(asks(each, source, view) for each in others):
+                    continue
                 return (
                     f"the output of {describe(source, view)} is also read by "
                     f"{describe(others[0], view)}, which needs it as it is"

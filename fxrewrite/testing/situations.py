@@ -28,10 +28,16 @@ def _called(chain: Chain) -> list[Placed]:
 
 
 def second_reader(draft: Draft, chain: list[Placed], steps: Sequence[Step], first: str) -> None:
-    """A value of the chain is returned, or read once more."""
+    """A value of the chain is returned, read once more, or asked for its shape."""
     value = _any_value(draft, chain)
-    read = draft.draw(st.sampled_from(["{}", "{} * 0.5", "torch.neg({})"])).format(value)
+    read = draft.draw(st.sampled_from(_READS)).format(value)
     draft.outputs.append(read if read == value else draft.write(read))
+
+
+_READS = [
+    "{}", "{} * 0.5", "torch.neg({})", "torch.ones({}.shape)", "torch.zeros_like({})",
+    "{}.new_ones(2)",
+]  # fmt: skip
 
 
 def more_steps(draft: Draft, chain: list[Placed], steps: Sequence[Step], first: str) -> None:
