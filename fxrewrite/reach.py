@@ -51,7 +51,7 @@ class Reach:
         self._spelt: set[int] = set()
         for view, lifting in liftings.items():
             for owner, call, kinds in lifting.behind:
-                if owner in modules:
+                if owner and owner in modules:
                     self._note(owner, view.shown(call), kinds)
         self.unreached = self._unreached(list(liftings), {each.name: each for each in stops})
 
@@ -95,9 +95,11 @@ class Reach:
                         inside.update((id(each), whole) for each in module.modules())
         reasons = {}
         for name, module in self._modules.items():
+            if id(module) in called:
+                continue
             # An anchor is one call or none: who calls what is inside of it passes it by.
             is_through = name in through and not any(self._looking_for(module))
-            if id(module) not in called and (not is_through or id(module) in inside):
+            if not is_through or id(module) in inside:
                 called.add(id(module))
                 reasons[name] = _reason(name, module, inside, stopped)
         return reasons

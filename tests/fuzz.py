@@ -333,10 +333,19 @@ class Block:
 
     def control(self) -> None:
         self.members["flag"] = self.draw(st.booleans())
-        name = self.name(self.one(*self.pool.others), "other")
+        pool = self.pool
+        among = self.one(pool.others, pool.others, pool.others, pool.convs, pool.norms)
+        name = self.name(self.one(*among), "other")
         value = self.value()
-        text = self.one("self.flag", "not self.training", "y is not None", "len(self._modules) > 3")
-        if "y" in text and "y" not in self.inputs:
+        text = self.one(
+            "self.flag",
+            "not self.training",
+            "y is not None",
+            "len(self._modules) > 3",
+            "x.mean() > 0",
+            "not x.mean() > 0",
+        )
+        if text.startswith("y") and "y" not in self.inputs:
             text = "self.flag"
         self.set(f"self.{name}({value}) if {text} else {self.value()}")
 

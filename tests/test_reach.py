@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import nets
 import pytest
 import torch
 from nets import Forward, bn, conv
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import fxrewrite as fxr
+from fxrewrite.testing import check_model
 
 
 def in_parts(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +73,15 @@ def test_a_call_does_not_speak_for_a_layer_of_another_kind() -> None:
     assert "linear: missed by merge_linears: no call of it is in the traced graph" in map(
         str, findings
     )
+
+
+def test_a_layer_that_is_the_model_itself_is_told_to_be_wrapped() -> None:
+    """Its own forward spells it as a function, which is told of by itself."""
+    report = check_model("merge_siblings", nn.Linear(5, 5).double().eval(), (nets.X,))
+    assert [str(each) for each in report.findings] == [
+        "linear: missed by merge_linears: no other Linear reads the model's input 'input'",
+        "Linear: missed by merge_linears: it is the model itself, which is traced through; wrap it",
+    ]
 
 
 @pytest.mark.parametrize("into", ["graph", "modules"])
