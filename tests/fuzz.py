@@ -117,7 +117,7 @@ def pools(draw: Any) -> Pool:
         tied = copy.deepcopy(convs[0])
         tied.weight = convs[0].weight
         pool.convs.append(tied)
-    if draw(st.integers(0, 2)) == 0:  # two that differ in their numbers alone
+    if draw(st.integers(0, 1)) == 0:  # two that differ in their numbers alone
         pool.convs.append(copy.deepcopy(convs[0]))
     return pool
 
@@ -193,8 +193,10 @@ class Block:
 
     def siblings(self) -> None:
         """Layers that read one value, each with something behind it or not, and what joins them."""
-        read = self.value()
-        ends = [self.call(self.pool.convs, "conv", read) for _ in range(self.one(2, 2, 3))]
+        read, first = self.value(), self.one(*self.pool.convs)
+        alike = [each for each in self.pool.convs if str(each) == str(first)]
+        among = self.one(alike, alike, self.pool.convs)
+        ends = [self.call(among, "conv", read) for _ in range(self.one(2, 2, 3))]
         behind = self.one("{}", "{}.relu()", "F.gelu({})", "{}.contiguous()", "F.relu({}, True)")
         ends = [behind.format(end) if self.one(True, False) else end for end in ends]
         joined = self.one(
@@ -370,7 +372,7 @@ class Block:
     LINES = (
         *[chain] * 5, *[functional_chain] * 2, *[block] * 2, *[branches] * 3, layers, layers,
         norm_first, other, function, function, in_place, combine, parameter, number, permuted,
-        buffer, control, sequential, siblings,
+        buffer, control, sequential, siblings, siblings,
     )  # fmt: skip
 
     def model(self, most: int) -> nn.Module:
