@@ -35,6 +35,9 @@ class Destination(Protocol):
     def elsewhere(self, site: Site) -> Sequence[Shown | None]:
         """What else the chain may be called on than in the graph; None for who knows what."""
 
+    def notes(self, site: Site) -> Sequence[str]:
+        """What a user would want to know of a site that may land there."""
+
 
 class IntoGraph:
     """A graph module: whatever the view's graph can say."""
@@ -47,6 +50,10 @@ class IntoGraph:
 
     def elsewhere(self, site: Site) -> Sequence[Shown | None]:
         """A graph has one call for each."""
+        return ()
+
+    def notes(self, site: Site) -> Sequence[str]:
+        """Nothing is taken for granted."""
         return ()
 
 
@@ -122,6 +129,12 @@ class IntoModules:
         traced = value_of(site.input)
         here = None if traced.rank is None else (traced.shape, traced.dtype)
         return [each for each in dict.fromkeys(shown) if each != here]
+
+    def notes(self, site: Site) -> Sequence[str]:
+        """Where somebody else's code is trusted to call only what it is given."""
+        called = (self._original(link) for link in site.links if self._is_called(link))
+        places = dict.fromkeys(filter(None, map(self._flows.handed, called)))
+        return [f"trusted to call only what it is given: {where}" for where in places]
 
     def _parted(
         self, site: Site, changed: Sequence[Link], action: Action, slot: Link | None

@@ -239,7 +239,11 @@ class Engine:
         made: edits.Made,
         targets: Sequence[str],
     ) -> _Rewritten:
-        notes = (*self._notes(site, modules, made), *self._calm_readers(site, made))
+        notes = (
+            *self._notes(site, modules, made),
+            *self._calm_readers(site, made),
+            *self._destination.notes(site),
+        )
         for node in site.nodes:
             self._effects.forget(node)
         try:

@@ -72,7 +72,8 @@ class Rewriter:
                 applied = apply(views[0], self.rule_sets, IntoGraph(), script)
                 made: nn.Module = graph_module(views[0])
             else:
-                flows, witness = Flows(model, parts.keeps_whole), None
+                is_run, witness = example_inputs is not None, None
+                flows = Flows(model, parts.keeps_whole, is_run=is_run)
                 if example_inputs is not None:
                     witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
                     _record_shapes_of_parts(parts, views, witness)

@@ -28,6 +28,8 @@ WAYS = [
 class Part(nn.Module):
     """A convolution and a batch norm, under names and in a list, whose code is written later."""
 
+    offset = torch.ones(1)
+
     def __init__(self, code: str, **members: Any) -> None:
         super().__init__()
         self.conv, self.bn, self.act = conv(), bn(), nn.ReLU()
@@ -46,7 +48,7 @@ class Part(nn.Module):
 
 def made_of(code: str, **members: Any) -> Any:
     """A model whose methods are the functions of this code."""
-    namespace: dict[str, Any] = {"torch": torch, "nn": nn}
+    namespace: dict[str, Any] = {"torch": torch, "nn": nn, "__name__": "written"}
     compiled(code, namespace)
     methods = {k: v for k, v in namespace.items() if isinstance(v, types.FunctionType)}
     kind: Any = type("Written", (Part,), methods)
@@ -132,13 +134,57 @@ REFUSED = {
     "an attribute that is set": FOLDED + "self.other = self.conv\n    y = self.other(y)\nreturn y",
     "a key that is added": "if flag is True:\n    self.kept['conv'] = 1\n" + BY_NAME,
     "its type": "y = self.bn(self.conv(x))\nreturn y * isinstance(self.bn, nn.BatchNorm2d)",
+    "all parameters": FOLDED + "y = y + sum(p.sum() for p in self.parameters())\nreturn y",
+    "what an object is made of": FOLDED + "y = y + Holder(self.conv, 0).total\nreturn y",
+}
+HOLDER = (
+    "class Holder:\n    def __init__(self, module, stride):\n"
+    "        self.total = module.weight.sum() if stride == 0 else module.stride[0]\n"
+)
+# What the caller of a method decides, or the method itself when it calls itself.
+REFUSED_IN_METHODS = {
+    "a keyword that is taken out": (
+        "return self.outer(x, flag, normed=True)",
+        "def outer(self, x, flag, **options):\n    if flag is True:\n"
+        "        options.pop('normed')\n    return self.inner(x, **options)\n"
+        "def inner(self, x, normed=False):\n    y = self.conv(x)\n"
+        "    return self.bn(y) if normed else y\n",
+    ),
+    "a key that is taken out": (
+        "options = {'normed': True}\nif flag is True:\n    del options['normed']\n"
+        "return self.inner(x, **options)",
+        "def inner(self, x, normed=False):\n    y = self.conv(x)\n"
+        "    return self.bn(y) if normed else y\n",
+    ),
+    "a method that calls itself": (
+        "return self.bn(self.again(x, n))",
+        "def again(self, x, n):\n    if n > 1:\n        x = self.again(x, n - 1)\n"
+        "    return self.conv(x)\n",
+    ),
+    "a method that calls itself on what it made": (
+        "return self.bn(self.again(x, n))",
+        "def again(self, x, n):\n    y = self.conv(x)\n"
+        "    return self.again(y, n - 1) if n > 1 else y\n",
+    ),
+    "an argument that may be the norm": (
+        "modules = [self.bn] if flag is True else [self.act]\nreturn self.ends(x, *modules)",
+        "def ends(self, x, last):\n    return last(self.bn(self.conv(x)))\n",
+    ),
 }
 
 
 @pytest.mark.parametrize("body", REFUSED.values(), ids=list(REFUSED))
 def test_what_another_way_needs_as_it_is_stays(body: str) -> None:
-    report = rewritten(made_of(forward(body)), applied=0)
+    report = rewritten(made_of(forward(body, HOLDER)), applied=0)
     assert "<written" in report.refused[0].reason
+
+
+@pytest.mark.parametrize(
+    ("body", "methods"), REFUSED_IN_METHODS.values(), ids=list(REFUSED_IN_METHODS)
+)
+def test_what_a_method_needs_as_it_is_stays(body: str, methods: str) -> None:
+    for more in ("", UNTRACED):
+        rewritten(made_of(forward(more + body, methods)), applied=0)
 
 
 # With this line a forward can't be traced, and what it calls is found by reading alone.
@@ -147,7 +193,7 @@ UNTRACED = "float(x.sum())\n"
 
 @pytest.mark.parametrize("body", REFUSED.values(), ids=list(REFUSED))
 def test_it_stays_where_the_code_can_not_be_traced(body: str) -> None:
-    report = rewritten(made_of(forward(UNTRACED + body)), applied=0)
+    report = rewritten(made_of(forward(UNTRACED + body, HOLDER)), applied=0)
     assert report.stops[0].reason == "it makes a number of a value that only a real run has"
 
 
@@ -175,7 +221,27 @@ APPLIED["a list that is copied and written to"] = (
     "sizes = self.sizes[:1]\nsizes[0] = 0\nmore = self.sizes.copy()\nmore[0] = 1\n"
     "return self.bn(self.conv(x))"
 )
+APPLIED |= {
+    "a forward that calls itself": (
+        "if n > 1:\n    x = self.forward(x, flag, n - 1)\nreturn self.bn(self.conv(x))"
+    ),
+    "what an object is made of": (
+        "y = self.bn(self.conv(x))\nreturn y * (Holder(self.conv, 1).total if flag is True else 1)"
+    ),
+    "by names of a dictionary": ("options = {'x': x, 'twice': flag}\nreturn self.named(**options)"),
+    "arguments before those that nobody knows": "return self.among(self.conv(x), *[mask, flag])",
+    "the type of parameters": (
+        "y = x.to(next(self.parameters()).dtype)\nreturn self.bn(self.conv(y))"
+    ),
+    "which module it is": "y = self.bn(self.conv(x))\nreturn y * 2 if self.layers == self else y",
+    "a tensor of the class": "y = self.bn(self.conv(x))\nreturn y + self.offset",
+}
 PAIR = "def pair(self, x):\n    return self.bn(self.conv(x))\n"
+PAIR += "def among(self, x, *others):\n    return self.bn(x)\n"
+PAIR += (
+    "def named(self, x, twice):\n    return self.bn(self.conv(x)) * (2 if twice is True else 1)\n"
+)
+PAIR += HOLDER
 
 
 @pytest.mark.parametrize("body", APPLIED.values(), ids=list(APPLIED))
@@ -277,8 +343,22 @@ CALLS = [
     "self.bn({0} if flag is True else self.conv({0}))",
     "{} + 1",
     "{} * self.conv.weight.mean()",
+    "{} * self.conv.stride[0]",
+    "self.helper(**{{'x': {}, 'flag': flag}})",
+    "self.named({}, normed=flag is True)",
+    "(self.forward({0}, flag, n - 1) if n > 1 else {0})",
     "{}",
 ]
+# Further methods of drawn forwards.
+NAMED = """
+def named(self, x, **options):
+    y = self.conv(x)
+    if self.fixed is options.pop('normed', None):
+        options['again'] = True
+    return self.again(y, **options)
+def again(self, y, again=False):
+    return self.bn(y) if again else y
+"""
 
 
 @st.composite
@@ -327,7 +407,7 @@ def codes(draw: Any, conditions: list[str]) -> str:
     lines += ["def helper(self, x, flag=False, mask=None):", "    y = x"]
     lines += [f"    {line.replace('self.helper(', 'self.end(')}" for line in helper]
     lines += ["    return y", "def end(self, x, flag=False):", "    return x + 1"]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, NAMED])
 
 
 EXAMPLES = 5_000 if settings.get_current_profile_name() == "long" else 80

@@ -82,6 +82,10 @@ class Program:
         """A graph has one call for each."""
         return ()
 
+    def notes(self, site: Site) -> Sequence[str]:
+        """Nothing is taken for granted."""
+        return ()
+
     def refusal(
         self, site: Site, action: Action, slot: Link | None, effects: Effects
     ) -> str | None:

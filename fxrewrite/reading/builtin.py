@@ -15,6 +15,7 @@ from .values import (
     Items,
     Known,
     Many,
+    TensorOf,
     Value,
     constants,
     is_bound_builtin,
@@ -56,6 +57,9 @@ def call(function: Any, given: Arguments, at: Expressions, node: ast.AST) -> Val
 def method(owner: Any, name: str, given: Arguments, at: Expressions) -> Value | None:
     """What a method of a container gives; None where it is none that is known to only read."""
     found = constants(given.values)
+    if isinstance(owner, nn.Module) and name == "parameters":
+        is_read = _is_torchs(owner, name) and found is not None and all(map(is_plain, found))
+        return frozenset({Many(frozenset({TensorOf(Known(owner))}))}) if is_read else None
     if is_plain(owner):
         if found is None or not all(map(is_plain, found)):
             return None
@@ -201,6 +205,12 @@ def _zip(given: tuple[Value, ...], at: Expressions, node: ast.AST) -> Value | No
     return frozenset({Many(frozenset({Items(tuple(items))}))})
 
 
+def _next(given: tuple[Value, ...], at: Expressions, node: ast.AST) -> Value | None:
+    if len(given[0]) != 1 or not isinstance(next(iter(given[0])), Many):
+        return None
+    return joined(objects.iterate(given[0], at, node), *given[1:])  # type: ignore[arg-type]
+
+
 def _sequence(found: list[Value] | Value) -> Value:
     return frozenset({Items(tuple(found)) if isinstance(found, list) else Many(found)})
 
@@ -216,4 +226,5 @@ _READERS: dict[Any, Any] = {
     reversed: _reversed,
     enumerate: _enumerate,
     zip: _zip,
+    next: _next,
 }

@@ -15,15 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..effects import hands_on
 from . import builtin, objects
-from .reader import Reader, UnreadableError, is_of_library
+from .reader import Entered, Reader, UnreadableError, is_of_library
 from .sources import source_of
 from .values import (
     UNKNOWN,
     Atom,
     Env,
+    Foreign,
     Items,
-    Keywords,
     Known,
+    Many,
     Value,
     constants,
     joined,
@@ -44,44 +45,51 @@ _CALL_IMPLS = tuple(
 
 @attrs.frozen
 class Arguments:
-    """What a call is given; `exact` is false where nobody can say to which parameter it goes."""
+    """What a call is given; `others` is what nobody can say to which further parameter it goes."""
 
     positional: tuple[Value, ...] = ()
     keywords: dict[str, Value] = attrs.field(factory=dict)
-    exact: bool = True
+    others: Value = frozenset()
 
     @classmethod
     def of(cls, node: ast.Call, at: Expressions) -> Arguments:
         """The arguments of a call as it is written."""
         positional: list[Value] = []
         keywords: dict[str, Value] = {}
-        exact = True
+        others: Value = frozenset()
         for each in node.args:
-            if not isinstance(each, ast.Starred):
-                positional.append(at.value(each))
-                continue
-            found = objects.iterate(at.value(each.value), at, each)
-            exact &= isinstance(found, list)
-            positional += found if isinstance(found, list) else [found]
+            found: Value | list[Value] = (
+                objects.iterate(at.value(each.value), at, each)
+                if isinstance(each, ast.Starred)
+                else [at.value(each)]
+            )
+            if isinstance(found, list) and not others:
+                positional += found
+            else:
+                others = joined(others, *found) if isinstance(found, list) else others | found
         for keyword in node.keywords:
             value = at.value(keyword.value)
             if keyword.arg is not None:
                 keywords[keyword.arg] = value
                 continue
-            (atom,) = value if len(value) == 1 else (None,)
-            if isinstance(atom, Keywords):
-                keywords |= dict(atom.items)
-            elif isinstance(atom, Known) and isinstance(atom.value, dict):
-                keywords |= {str(key): known(each) for key, each in atom.value.items()}
-            else:
-                exact = False
+            items = at.reader.keywords(*value) if len(value) == 1 else None
+            if items is None:
+                others |= UNKNOWN
                 at.reader.consume(value, at.at(node))
-        return cls(tuple(positional), keywords, exact)
+            else:
+                keywords |= items
+        return cls(tuple(positional), keywords, others)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is clear to which parameter each goes."""
+        return not self.others
 
     @property
     def values(self) -> tuple[Value, ...]:
         """All that is given."""
-        return (*self.positional, *self.keywords.values())
+        others = (self.others,) if self.others else ()
+        return (*self.positional, *self.keywords.values(), *others)
 
     @property
     def is_one(self) -> bool:
@@ -99,6 +107,8 @@ class Arguments:
 
 def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Value:
     """What a call may give; the modules that it calls are noted."""
+    if isinstance(callee, Foreign):
+        return opaque(None, given, at, node, package=callee.package)
     if not isinstance(callee, Known):
         at.reader.consume(frozenset({callee}), at.at(node))
         return opaque(None, given, at, node)
@@ -109,7 +119,7 @@ def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Valu
         bound = Arguments(
             (*map(known, function.args), *given.positional),
             {**{k: known(v) for k, v in function.keywords.items()}, **given.keywords},
-            given.exact,
+            given.others,
         )
         return call(Known(function.func), bound, at, node)
     if isinstance(function, types.MethodType):
@@ -118,6 +128,8 @@ def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Valu
         return _function(function, given, at, node)
     if (found := builtin.call(function, given, at, node)) is not None:
         return found
+    if isinstance(function, type) and not is_of_library(function):
+        return _constructor(function, given, at, node)
     own = inspect.getattr_static(type(function), "__call__", None)
     if isinstance(own, types.FunctionType) and not isinstance(function, type):
         return _function(own, given.after(known(function)), at, node)
@@ -125,15 +137,36 @@ def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Valu
 
 
 def opaque(
-    function: Any, given: Arguments, at: Expressions, node: ast.AST, where: str = ""
+    function: Any,
+    given: Arguments,
+    at: Expressions,
+    node: ast.AST,
+    where: str = "",
+    package: str = "",
 ) -> Value:
     """The value of a call that is not read: it may do anything with what it can get at."""
     where = where or at.at(node)
+    package = package or (getattr(function, "__module__", None) or "").partition(".")[0]
     for value in given.values:
-        at.reader.consume(value, where)
+        for atom in value:
+            is_module = isinstance(atom, Known) and isinstance(atom.value, nn.Module)
+            if isinstance(atom, Known) and is_module and at.reader.is_foreign(package):
+                at.reader.hand(atom.value, where)
+            else:
+                at.reader.consume(frozenset({atom}), where)
     if function is not None:
         at.reader.escape(function, where)
     return UNKNOWN
+
+
+def _constructor(cls: type, given: Arguments, at: Expressions, node: ast.AST) -> Value:
+    """Read how an object is made; of the object nothing further is known."""
+    make = inspect.getattr_static(cls, "__init__", None)
+    plain = type(cls) is type and inspect.getattr_static(cls, "__new__") is object.__new__
+    if plain and isinstance(make, types.FunctionType):
+        _function(make, given.after(UNKNOWN), at, node)
+        return UNKNOWN
+    return opaque(cls, given, at, node)
 
 
 def _method(method: types.MethodType, given: Arguments, at: Expressions, node: ast.AST) -> Value:
@@ -160,12 +193,19 @@ def _function(
         return opaque(function, given, at, node)
     env = _bound(function, given)
     owner = constants(given.positional[:1])
-    entry = function.__code__, id(owner[0]) if owner else 0
     functions = at.reader.functions
-    if env is None or functions.count(entry) > 1 or len(functions) > _MOST_DEEP:
+    if env is None or len(functions) > _MOST_DEEP:
+        return opaque(function, given, at, node)
+    entry = Entered(function.__code__, id(owner[0]) if owner else 0, env, len(at.reader.guards))
+    if at.reader.recurs(entry):
+        return UNKNOWN
+    if sum(each.is_of(entry) for each in functions) > 1:
         return opaque(function, given, at, node)
     with at.reader.under(functions, entry):
-        return read(function, env, at.reader, lambda why: opaque(function, given, at, node, why))
+        result = read(function, env, at.reader, lambda why: opaque(function, given, at, node, why))
+    if entry.recurs:  # where it calls itself, what it gives is somebody else's
+        at.reader.consume(result, at.at(node))
+    return result
 
 
 def read(
@@ -207,37 +247,36 @@ def _bound(function: types.FunctionType, given: Arguments) -> Env | None:
     code = function.__code__
     count = code.co_argcount
     names = code.co_varnames[: count + code.co_kwonlyargcount]
-    env: Env = dict.fromkeys(names, UNKNOWN)
     more = list(code.co_varnames[len(names) :])
     takes_rest = code.co_flags & inspect.CO_VARARGS
     takes_names = code.co_flags & inspect.CO_VARKEYWORDS
-    if not given.exact:
-        every = joined(UNKNOWN, *given.values)
-        rest = [more.pop(0)] if takes_rest else []
-        env |= dict.fromkeys([*names, *rest, *(more[:1] if takes_names else [])], every)
-        return env
     defaults = dict(zip(names[:count][::-1], (function.__defaults__ or ())[::-1], strict=False))
     defaults |= function.__kwdefaults__ or {}
     if len(given.positional) > count and not takes_rest:
         return None
     bound = dict(zip(names[:count], given.positional, strict=False))
-    others = {}
+    further = {}
     for name, value in given.keywords.items():
         if name in names and name not in bound:
             bound[name] = value
         elif takes_names:
-            others[name] = value
+            further[name] = value
         else:
             return None
     for name in names:
         if name not in bound:
-            if name not in defaults:
+            if name not in defaults and given.exact:
                 return None
-            bound[name] = known(defaults[name])
+            default = known(defaults[name]) if name in defaults else frozenset[Atom]()
+            bound[name] = joined(default, given.others, UNKNOWN) if given.others else default
+    rest, any_other = given.positional[count:], joined(UNKNOWN, given.others)
     if takes_rest:
-        bound[more.pop(0)] = frozenset({Items(given.positional[count:])})
+        items = Items(rest) if given.exact else Many(joined(any_other, *rest))
+        bound[more.pop(0)] = frozenset({items})
     if takes_names:
-        bound[more.pop(0)] = names_of(others)
+        made = names_of(further, code)
+        named = joined(any_other, *further.values()) if given.others else made
+        bound[more.pop(0)] = named
     return bound
 
 
@@ -249,7 +288,8 @@ def _module(module: nn.Module, given: Arguments, at: Expressions, node: ast.AST)
             for value in given.values:
                 at.reader.consume(value, at.at(node))
             unknown = tuple(UNKNOWN for _ in given.positional)
-            given = Arguments(unknown, dict.fromkeys(given.keywords, UNKNOWN), given.exact)
+            others = UNKNOWN if given.others else given.others
+            given = Arguments(unknown, dict.fromkeys(given.keywords, UNKNOWN), others)
     kind: Any = type(module)
     if isinstance(kind.__call__, types.FunctionType) and not is_of_library(kind.__call__):
         result = _function(kind.__call__, given.after(known(module)), at, node)

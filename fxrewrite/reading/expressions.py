@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from . import calls, objects
 from .reader import Reader, UnreadableError
 from .sources import Source
@@ -27,6 +29,7 @@ from .values import (
     joined,
     joined_envs,
     known,
+    names_of,
 )
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
@@ -53,6 +56,16 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 # How many combinations of what two operands may be are looked at each by itself.
 _MOST_PAIRS = 16
+
+
+def _has_no_eq(value: Value) -> bool:
+    """Whether all that it may be are modules, which are equal if they are one and the same."""
+    return all(
+        isinstance(atom, Known)
+        and isinstance(atom.value, nn.Module)
+        and type(atom.value).__eq__ is object.__eq__
+        for atom in value
+    )
 
 
 class Expressions:
@@ -146,6 +159,13 @@ class Expressions:
             return self._rest(node)
         return frozenset({Items(tuple(map(self.value, node.elts)))})
 
+    def _dict(self, node: ast.Dict) -> Value:
+        keys = [each.value for each in node.keys if isinstance(each, ast.Constant)]
+        if len(keys) < len(node.keys) or not all(isinstance(each, str) for each in keys):
+            return self._rest(node)
+        values = map(self.value, node.values)
+        return names_of(dict(zip(map(str, keys), values, strict=True)), node)
+
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         value = self.value(node.value)
         self.store(node.target, value)
@@ -198,6 +218,8 @@ class Expressions:
             return UNKNOWN
         if isinstance(node.ops[0], ast.Is | ast.IsNot):
             return self._identity(values, isinstance(node.ops[0], ast.Is))
+        if isinstance(node.ops[0], ast.Eq | ast.NotEq) and all(map(_has_no_eq, values)):
+            return self._identity(values, isinstance(node.ops[0], ast.Eq))
         if isinstance(node.ops[0], ast.In | ast.NotIn):
             pairs = list(itertools.product(*values))
             found = [objects.is_key(one, other, self.reader) for one, other in pairs]

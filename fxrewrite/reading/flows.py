@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from . import calls, objects
@@ -34,10 +35,14 @@ class Flows:
     Args:
         model: the model, in whose forward reading begins.
         is_leaf: whether a module is called as a whole, and its forward not read.
+        is_run: whether a run of the model is there to say what else is called. Then somebody else's
+            code that is given a module is taken to call that, and not what is inside of it.
     """
 
-    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
-        self._model, self._is_leaf = model, is_leaf
+    def __init__(
+        self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], *, is_run: bool = False
+    ) -> None:
+        self._model, self._is_leaf, self._is_run = model, is_leaf, is_run
         self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
 
     @functools.cached_property
@@ -73,25 +78,63 @@ class Flows:
             where = self._reader.escaped.get(id(module))
             if where is not None:
                 return f"{self._name(module)} may also be used by {where}"
+            where = self._reader.handed.get(id(module))
+            if where is not None and not self._is_run:
+                return (
+                    f"{self._name(module)} may also be used by {where}; with example_inputs, code "
+                    "of another library is taken to call only what it is given"
+                )
             for name, at in self._reader.looked_at.get(id(module), {}).items():
                 if not _is_alike(module, new, name):
                     return f"{self._name(module)}.{name} may be read, and would change, by {at}"
+        reason = self._asked(changed, gone)
+        if reason is not None:
+            return reason
         for first, second in itertools.pairwise(chain):
             reason = self._parted(first, second, gone, late=late)
             if reason is not None:
                 return reason
         return None
 
+    def handed(self, module: nn.Module) -> str | None:
+        """Where somebody else's code is given what a module is inside of, if anywhere."""
+        return self._reader.handed.get(id(module))
+
     def most_calls(self, module: nn.Module) -> int | None:
         """How often a forward calls a module at most; None if nobody knows."""
         calls = self._calls.get(id(module), ())
-        return None if any(call.loops for call in calls) else len(calls)
+        nobody_knows = self._reader.is_recursive or any(call.loops for call in calls)
+        return None if nobody_knows else len(calls)
 
     def outline(self, modules: Collection[nn.Module]) -> tuple[fx.Graph, dict[fx.Node, str]]:
         """A graph of the calls of these modules, with what its inputs and output are, in words."""
         wanted = set(map(id, modules))
         calls = (each for each in self._reader.calls.values() if id(each.module) in wanted)
         return outline(calls, self._names)
+
+    def _asked(self, changed: Mapping[nn.Module, nn.Module], gone: Collection[int]) -> str | None:
+        """Why the tensors of some module would be of another type or device than is asked for."""
+        after = {id(module): new for module, new in changed.items()}
+        new = {kind for each in after.values() for kind in _kinds(each)}
+        for owner, inside, where in self._asking:
+            if not inside.keys().isdisjoint(after):
+                kept = (e for key, e in inside.items() if key not in gone and key not in after)
+                left = [each.parameters(recurse=False) for each in kept]
+                left += [each.parameters() for key, each in after.items() if key in inside]
+                has_tensors = any(next(each, None) is not None for each in left)
+                before = _kinds(owner)
+                if len(before) > 1 or not new <= before or not has_tensors:
+                    name = self._name(owner) or type(owner).__name__
+                    return f"the type or device of tensors of {name} may be asked for, by {where}"
+        return None
+
+    @functools.cached_property
+    def _asking(self) -> list[tuple[nn.Module, dict[int, nn.Module], str]]:
+        """Of whose tensors the type or device is asked for, what is inside of it, and where."""
+        return [
+            (owner, {id(each): each for each in owner.modules()}, where)
+            for owner, where in self._reader.asked.values()
+        ]
 
     def _parted(
         self, first: nn.Module, second: nn.Module, gone: Collection[int], *, late: bool
@@ -144,6 +187,10 @@ class Flows:
         return self._names[id(module)]
 
 
+def _kinds(module: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
+    return {(each.dtype, each.device) for each in module.parameters()}
+
+
 def _is_alike(module: nn.Module, new: nn.Module, name: str) -> bool:
     """Whether reading a plain attribute gives the same of both modules."""
     found, other = getattr(module, name), getattr(new, name, None)
@@ -185,7 +232,7 @@ def _read_once(model: nn.Module, reader: Reader) -> None:
         for hook in model.__dict__[name].values():
             calls.read_hook(hook, model, outside, _NOWHERE)
     if not plain:
-        returned = calls.call(Known(model), calls.Arguments(exact=False), outside, _NOWHERE)
+        returned = calls.call(Known(model), calls.Arguments(others=UNKNOWN), outside, _NOWHERE)
         reader.consume(returned, outside.at(_NOWHERE))
         return
     code = forward.__code__

@@ -16,13 +16,16 @@ from .values import (
     PLAIN,
     UNKNOWN,
     Atom,
+    Foreign,
     Items,
     Keywords,
     Known,
     Many,
     Output,
+    TensorOf,
     Value,
     constants,
+    is_container,
     is_plain,
     joined,
     known,
@@ -32,15 +35,17 @@ if TYPE_CHECKING:
     from .expressions import Expressions
 
 MISSING = object()
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WITHOUT_STATE = (types.ModuleType, super, list, dict, set, frozenset, tuple)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def truth(atom: Atom, reader: Reader) -> bool | None:
     """Whether what is there counts as true, or None where that may change."""
-    if isinstance(atom, Items | Keywords):
+    if isinstance(atom, Items):
         return bool(atom.items)
+    if isinstance(atom, Keywords):
+        items = reader.keywords(atom)
+        return None if items is None else bool(items)
     if not isinstance(atom, Known):
         return None
     value = atom.value
@@ -65,8 +70,13 @@ def is_key(atom: Atom, container: Atom, reader: Reader) -> bool | None:
 
 def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
     """What `atom.name` may give."""
+    if isinstance(atom, Foreign):
+        return frozenset({atom})
+    if isinstance(atom, TensorOf) and name in ("device", "dtype"):
+        at.reader.ask(atom.owner.value, at.at(node))
+        return UNKNOWN
     if not isinstance(atom, Known):
-        if isinstance(atom, Output | Items | Many | Keywords):  # a method of it, say
+        if isinstance(atom, Output | Items | Many | TensorOf | Keywords):  # a method of it, say
             at.reader.consume(frozenset({atom}), at.at(node))
         return UNKNOWN
     obj = atom.value
@@ -82,7 +92,9 @@ def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
                 at.reader.touch(obj, at.at(node))
     if isinstance(obj, (*PLAIN, *_WITHOUT_STATE)):
         found = getattr(obj, name, MISSING)
-        return UNKNOWN if found is MISSING else known(found)
+        if found is MISSING:  # which raises
+            return frozenset() if obj is None else UNKNOWN
+        return known(found)
     found = _own(obj, name)
     if found is MISSING:
         return _of_class(obj, name, at, node)
@@ -115,7 +127,7 @@ def _of_class(obj: Any, name: str, at: Expressions, node: ast.AST) -> Value:
         return known(found if isinstance(obj, type) else types.MethodType(found, obj))
     if isinstance(found, property) and isinstance(found.fget, types.FunctionType):
         return at.inline(types.MethodType(found.fget, obj), node)
-    if found is not MISSING and (is_plain(found) or isinstance(found, type)):
+    if found is not MISSING and (isinstance(found, type) or not hasattr(type(found), "__get__")):
         changing = at.reader.is_changing(obj, name) or at.reader.is_changing(cls, name)
         return known(found) | UNKNOWN if changing else known(found)
     if found is MISSING and isinstance(obj, nn.Module):
@@ -124,16 +136,6 @@ def _of_class(obj: Any, name: str, at: Expressions, node: ast.AST) -> Value:
             return UNKNOWN  # which raises
     at.reader.escape(obj, at.at(node))
     return UNKNOWN
-
-
-def is_container(obj: Any) -> bool:
-    """Whether it is one of torch's containers, or a subclass that iterates as they do."""
-    kind: Any = type(obj)
-    bases = [base for base in CONTAINERS if isinstance(obj, base)]
-    return bool(bases) and all(
-        getattr(kind, name, None) is getattr(bases[0], name, None)
-        for name in ("__iter__", "__getitem__", "__len__", "keys", "values", "items")
-    )
 
 
 def items_of(obj: Any) -> list[Any] | None:

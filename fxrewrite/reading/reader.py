@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 
-from .values import PLAIN, Call, Items, Keywords, Known, Many, Output, Value
+from .values import (
+    PLAIN,
+    Atom,
+    Call,
+    Env,
+    Items,
+    Keywords,
+    Known,
+    Many,
+    Output,
+    TensorOf,
+    Value,
+    is_container,
+    known,
+)
 
 # How many statements and expressions may be read; a model that takes more is not read to its end.
 _MOST_STEPS = 3_000_000
@@ -23,13 +39,29 @@ class UnreadableError(Exception):
     """Code that can't be followed; whatever it can get at may be used in any way."""
 
 
+@attrs.define(eq=False)
+class Entered:
+    """A function that is being read, of which object, on what, and under how many guards."""
+
+    code: types.CodeType
+    owner: int
+    env: Env
+    guards: int
+    recurs: bool = False
+
+    def is_of(self, other: Entered) -> bool:
+        """Whether it is the same function of the same object."""
+        return (self.code, self.owner) == (other.code, other.owner)
+
+
 class Reader:
     """The state of reading a model's code: where it is, and what was found so far.
 
     `calls` has each call of a module that is a leaf, by the way that leads there; `escaped` has, by
     identity, where a module may be used otherwise than by a call that was read; `looked_at` has,
-    by identity and name, where a plain attribute of a leaf is read. What an earlier reader,
-    `before`, found to change is known from the start.
+    by identity and name, where a plain attribute of a leaf is read; `handed` has, by identity,
+    where code of somebody else gets what a module is inside of. What an earlier reader, `before`,
+    found to change is known from the start.
     """
 
     def __init__(
@@ -43,6 +75,9 @@ class Reader:
         self.calls: dict[Any, Call] = {}
         self.escaped: dict[int, str] = {}
         self.looked_at: dict[int, dict[str, str]] = {}
+        self.handed: dict[int, str] = {}
+        # Modules of whose tensors the type or the device is asked for, and where.
+        self.asked: dict[int, tuple[nn.Module, str]] = {}
         # Attributes that code of the forward sets, and containers that it changes.
         self.changing: set[tuple[int, str | None]] = (
             set() if before is None else set(before.changing)
@@ -52,7 +87,8 @@ class Reader:
         self.loops: list[int] = []
         self.guards: list[str] = []
         self.conditions: list[str] = []
-        self.functions: list[tuple[types.CodeType, int]] = []
+        self.functions: list[Entered] = []
+        self.is_recursive = False
         self.clock = 0
         self._steps = 0
         self._kept: dict[Any, Any] = {} if before is None else before._kept
@@ -94,10 +130,13 @@ class Reader:
                 atom.call.readers.setdefault(None, self._under(where))
             elif isinstance(atom, Known):
                 self.escape(atom.value, where)
+            elif isinstance(atom, TensorOf):
+                self.escape(atom.owner.value, where)
             elif isinstance(atom, Items):
                 for each in atom.items:
                     self.consume(each, where)
             elif isinstance(atom, Keywords):
+                self.changing.add((atom.made, None))
                 for _, each in atom.items:
                     self.consume(each, where)
             elif isinstance(atom, Many):
@@ -117,6 +156,30 @@ class Reader:
         """Note that a plain attribute of a leaf is read."""
         self.looked_at.setdefault(id(module), {}).setdefault(name, self._under(where))
 
+    def ask(self, module: nn.Module, where: str) -> None:
+        """Note that the type or the device of a module's tensors is asked for."""
+        self.asked.setdefault(id(module), (module, self._under(where)))
+
+    def hand(self, module: nn.Module, where: str) -> None:
+        """Note that somebody else's code is given a module, and so may call it as a whole."""
+        self.clock += 1
+        self.touch(module, where)
+        for child in module.children():
+            if is_container(module):
+                self.hand(child, where)
+            else:
+                for each in child.modules():
+                    self.handed.setdefault(id(each), self._under(where))
+
+    def is_foreign(self, package: str) -> bool:
+        """Whether a library is one that none of the model's modules come with."""
+        return package not in self._packages and bool(package) and not _is_library(package)
+
+    @functools.cached_property
+    def _packages(self) -> set[str]:
+        kinds = (cls for each in self.modules.values() for cls in type(each).__mro__)
+        return {cls.__module__.partition(".")[0] for cls in kinds} | {"__main__"}
+
     def touch(self, module: nn.Module, where: str) -> None:
         """Note that a module may be used otherwise than by a call that is read."""
         self.escaped.setdefault(id(module), self._under(where))
@@ -129,6 +192,15 @@ class Reader:
     def is_changing(self, obj: Any, name: str | None) -> bool:
         """Whether code of the forward may set an attribute or change what a container holds."""
         return (id(obj), name) in self.changing
+
+    def keywords(self, atom: Atom) -> dict[str, Value] | None:
+        """The items of a dictionary that stays as it was made; None for anything else."""
+        if isinstance(atom, Keywords) and (atom.made, None) not in self.changing:
+            return dict(atom.items)
+        if isinstance(atom, Known) and isinstance(atom.value, dict):
+            is_fixed = not self.is_changing(atom.value, None)
+            return {str(k): known(v) for k, v in atom.value.items()} if is_fixed else None
+        return None
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """An object that is made once for all the times that it is asked for."""
@@ -156,6 +228,18 @@ class Reader:
             if id(obj) in self.modules:
                 yield obj
             pending += _held(obj)
+
+    def recurs(self, entry: Entered) -> bool:
+        """Whether a function calls itself on what it was called on, which says nothing new."""
+        given = (atom for value in entry.env.values() for atom in value)
+        if not all(map(_is_bare, given)):
+            return False
+        for each in self.functions:
+            if each.is_of(entry) and each.env == entry.env and each.guards == entry.guards:
+                each.recurs = self.is_recursive = True
+                self.clock += 1
+                return True
+        return False
 
     def stacks(self) -> tuple[list[Any], ...]:
         """A copy of the stacks that say where reading is."""
@@ -194,6 +278,15 @@ def is_of_library(function: Any) -> bool:
 def _is_library(name: str) -> bool:
     top = name.partition(".")[0]
     return top in ("torch", "numpy", "math", "builtins", "") or top in sys.stdlib_module_names
+
+
+def _is_bare(atom: Atom) -> bool:
+    """Whether nothing in a value was made by a call."""
+    if isinstance(atom, Items):
+        return all(map(_is_bare, itertools.chain(*atom.items)))
+    if isinstance(atom, Keywords):
+        return all(_is_bare(each) for _, value in atom.items for each in value)
+    return all(map(_is_bare, atom.item)) if isinstance(atom, Many) else not isinstance(atom, Output)
 
 
 def _held(obj: Any) -> list[Any]:

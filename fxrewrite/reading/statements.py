@@ -12,7 +12,7 @@ from . import objects
 from .loops import Loops
 from .reader import Reader, UnreadableError
 from .sources import Source, captured, parameters
-from .values import UNKNOWN, Env, Known, Value, constants, joined, joined_envs
+from .values import UNKNOWN, Env, Foreign, Known, Value, constants, joined, joined_envs
 
 
 class Frame(Loops):
@@ -133,8 +133,12 @@ class Frame(Loops):
         """Nothing comes of it."""
 
     def _import(self, node: ast.Import | ast.ImportFrom) -> None:
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
         for alias in node.names:
-            self._bind((alias.asname or alias.name).partition(".")[0], UNKNOWN)
+            source = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+            package = "" if relative else source.partition(".")[0]
+            found = frozenset({Foreign(package)}) if self.reader.is_foreign(package) else UNKNOWN
+            self._bind((alias.asname or alias.name).partition(".")[0], found)
 
     _importfrom = _import
 

@@ -25,6 +25,7 @@ PLAIN = (
     torch.memory_format,
     torch.Size,
 )
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # More plain values than this in one place say no more than that anything may stand there.
 _MOST_PLAIN = 8
 
@@ -75,10 +76,28 @@ class Many:
 
 
 @attrs.frozen
+class TensorOf:
+    """One of the tensors of a module and all inside it."""
+
+    owner: Known
+
+
+@attrs.frozen
 class Keywords:
-    """The keyword arguments that a function takes all together."""
+    """A dictionary by names, such as the keyword arguments that a function takes all together.
+
+    `made` is the identity of the code that makes it.
+    """
 
     items: tuple[tuple[str, Value], ...]
+    made: int
+
+
+@attrs.frozen
+class Foreign:
+    """Something of a library that none of the model's modules come with."""
+
+    package: str
 
 
 class _Single:
@@ -90,7 +109,7 @@ class _Single:
 
 
 ANYTHING, UNBOUND = _Single("ANYTHING"), _Single("UNBOUND")
-Atom: TypeAlias = "Known | Output | Items | Many | Keywords | _Single"
+Atom: TypeAlias = "Known | Output | Items | Many | TensorOf | Keywords | Foreign | _Single"
 Value: TypeAlias = "frozenset[Atom]"
 Env: TypeAlias = "dict[str, Value]"
 
@@ -190,6 +209,16 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def names_of(mapping: Mapping[str, Value]) -> Value:
-    """Keyword arguments as one value."""
-    return frozenset({Keywords(tuple(mapping.items()))})
+def is_container(obj: Any) -> bool:
+    """Whether it is one of torch's containers, or a subclass that iterates as they do."""
+    kind: Any = type(obj)
+    bases = [base for base in _CONTAINERS if isinstance(obj, base)]
+    return bool(bases) and all(
+        getattr(kind, name, None) is getattr(bases[0], name, None)
+        for name in ("__iter__", "__getitem__", "__len__", "keys", "values", "items")
+    )
+
+
+def names_of(mapping: Mapping[str, Value], made: object) -> Value:
+    """Values by name as one value, with the code that makes it."""
+    return frozenset({Keywords(tuple(mapping.items()), id(made))})
