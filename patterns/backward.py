@@ -50,7 +50,7 @@ def same_channels(m: NormedLayer) -> str | None:
     """What the norm takes for channels must be what the layer reads as such."""
     if norms.rest_of(m.norm) is not None:
         return f"the {type(m.norm).__name__} ends with an activation, which the layer can't do"
-    return along_channels(m.layer, m.norm, m.between, in_channels(m.layer))
+    return along_channels(m.layer, m.norm, m.between.rank, in_channels(m.layer))
 
 
 def same_input(m: NormedLayer) -> str | None:

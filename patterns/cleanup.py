@@ -7,7 +7,7 @@ from torch import nn
 
 import fxrewrite as fxr
 
-from .spellings import DROPOUT, PERMUTE, RELU, Idle, aten
+from .spellings import DROPOUT, FLATTEN, PERMUTE, RELU, RESHAPE, Idle, aten
 
 _DECIDES = "example_inputs would decide it"
 _CASTS = {
@@ -103,10 +103,8 @@ class Reshaped:
 
     x: fxr.Value
     reshape: fxr.Call = fxr.call(
-        nn.Flatten, torch.flatten, torch.reshape, "flatten", "reshape", "view",
-        *PERMUTE, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
-        chain="input", side_inputs=False,
-    )  # fmt: skip
+        nn.Flatten, *FLATTEN, *RESHAPE, *PERMUTE, chain="input", side_inputs=False
+    )
 
 
 def keeps_shape(m: Reshaped) -> str | None:

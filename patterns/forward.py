@@ -15,7 +15,7 @@ from .affine import (
     spatial_rank,
 )
 from .norms import Norm
-from .spellings import PERMUTE, Idle
+from .spellings import FLATTEN, PERMUTE, RESHAPE, Idle
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDES = "example_inputs would decide it"
@@ -30,13 +30,18 @@ PaddedConv.add("timm.layers.conv2d_same.Conv2dSame")
 
 @fxr.pattern(anchor="norm")
 class LayerNormed:
-    """A layer whose only reader is a norm; what does nothing may stand between."""
+    """A layer whose only reader is a norm.
+
+    What does nothing may stand between, and what makes one dimension of all but the features.
+    """
 
     layer: (
         nn.Conv1d | nn.Conv2d | nn.Conv3d
         | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | PaddedConv
     )  # fmt: skip
     idle: tuple[Idle, ...]
+    made: fxr.Value
+    rows: fxr.Call | None = fxr.call(*FLATTEN, *RESHAPE, chain="input")
     between: fxr.Value
     norm: Norm
 
@@ -57,17 +62,51 @@ class LayerScaled:
 
 def same_channels(m: LayerNormed) -> str | None:
     """What the norm takes for channels must be what the layer makes."""
-    return along_channels(m.layer, m.norm, m.between, out_channels(m.layer))
+    channels, rank = out_channels(m.layer), m.between.rank
+    if m.rows is not None:
+        if not isinstance(m.layer, nn.Linear):
+            return f"between them, what the {type(m.layer).__name__} makes gets another shape"
+        found = _rank_of_rows(m.rows, m.made.rank, channels)
+        if isinstance(found, str):
+            return found
+        rank = found
+    return along_channels(m.layer, m.norm, rank, channels)
 
 
-def along_channels(layer: Layer, norm: nn.Module, between: fxr.Value, channels: int) -> str | None:
+def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
+    """The rank that a value gets which has its features last and keeps them so, or why it may not.
+
+    Args:
+        call: a flatten or reshape.
+        rank: that of the value, None where it is not known.
+        features: how many there are.
+    """
+    given = call.kwargs
+    size = given.get("size", given.get("shape"))
+    if size is not None:
+        # Of two sizes, where the second is that of the features, the first is all the others'.
+        rows = isinstance(size, tuple | list) and len(size) == 2 and size[1] == features
+        return 2 if rows else f"what is between is reshaped to other than rows of {features}"
+    start, end = given.get("start_dim", 0), given.get("end_dim", -1)
+    if given.keys() - {"start_dim", "end_dim"} or not all(type(e) is int for e in (start, end)):
+        return "what is between is flattened in a way that is not known"
+    if (start, end) == (0, -2):
+        return 2
+    if rank is None:
+        return f"whether what is flattened between them are features is not known; {_DECIDES}"
+    start, end = start % rank, end % rank
+    if start < end == rank - 1:
+        return "the features are flattened with other dimensions between them"
+    return rank - max(end - start, 0)
+
+
+def along_channels(layer: Layer, norm: nn.Module, rank: int | None, channels: int) -> str | None:
     """Why the dimension along which a norm scales is not that of a layer's channels, or None."""
     kinds = type(norm).__name__, type(layer).__name__
     wanted = spatial_rank(layer)
     if not norms.reads_dims(norm, wanted):
         what = "channels" if wanted else "features"
         return f"a {kinds[0]} does not normalise the {what} of a {kinds[1]}"
-    rank = between.rank
     if rank is None and wanted == 0:
         return (
             f"whether a {kinds[0]} normalises the features of a {kinds[1]} depends on the rank of "
@@ -118,7 +157,7 @@ def fold_norm(m: LayerNormed) -> fxr.Replace | fxr.Revise:
     assert not isinstance(found, str)
     folded = scaled_and_shifted(m.layer, *found)
     rest = norms.rest_of(m.norm)
-    if rest is None:
+    if rest is None and m.rows is None:
         return fxr.Replace(folded, slot="layer")
     return fxr.Revise(layer=folded, idle=None, norm=rest)
 

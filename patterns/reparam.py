@@ -117,7 +117,7 @@ def norm_fits(m: LayerAndNorm) -> str | None:
         return f"the norm also applies a {type(rest).__name__}"
     return (
         norms.may_lack_batch(norm, m.x.rank)
-        or along_channels(layer, norm, m.x, in_channels(layer))
+        or along_channels(layer, norm, m.x.rank, in_channels(layer))
         or alike(layer, norm)
         or _no_place_for_input(layer)
     )

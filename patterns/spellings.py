@@ -34,6 +34,10 @@ DIV: tuple[Any, ...] = (
 NEG: tuple[Any, ...] = (
     operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative", aten.neg.default,
 )  # fmt: skip
+FLATTEN: tuple[Any, ...] = (torch.flatten, "flatten", aten.flatten.using_ints)
+RESHAPE: tuple[Any, ...] = (
+    torch.reshape, "reshape", "view", aten.view.default, aten.reshape.default,
+)  # fmt: skip
 PERMUTE: tuple[Any, ...] = (torch.permute, "permute", aten.permute.default)
 
 RELU: tuple[Any, ...] = (

@@ -87,6 +87,74 @@ def test_a_linear_layer_before_a_batch_norm_needs_to_know_the_rank() -> None:
     assert "example_inputs would decide it" in fxr.plan(model, "affine").why("1")
 
 
+def linear_and_norm(between: Any, after: Any = lambda z, y: z.reshape_as(y)) -> nn.Module:
+    """As LeViT's layers: rows are made of what a linear layer gives, normalised, and put back."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.linear(x)
+        return after(m.norm(between(y)), y)
+
+    return Forward(forward, linear=nn.Linear(5, 6), norm=nn.BatchNorm1d(6))
+
+
+@pytest.mark.parametrize(
+    ("between", "shape", "example"),
+    [
+        (lambda y: y.flatten(0, 1), (2, 3, 5), True),
+        (lambda y: torch.flatten(y, end_dim=1), (2, 3, 5), True),
+        (lambda y: y.flatten(0, -2), (2, 3, 4, 5), False),
+        (lambda y: y.flatten(-3, -2), (2, 3, 5), True),
+        (lambda y: y.reshape(-1, 6), (2, 3, 5), False),
+        (lambda y: y.view(24, 6), (2, 3, 4, 5), False),
+        (lambda y: torch.reshape(y, (y.shape[0] * y.shape[1], 6)), (2, 3, 5), False),
+        (lambda y: y.flatten(0, 0), (2, 5), True),
+    ],
+)
+def test_a_linear_layer_before_a_norm_of_rows(between: Any, shape: Any, example: bool) -> None:
+    """All but the features may be made one dimension before the norm; the layer takes it."""
+    x = nets.random_input(shape)
+    model = nets.randomise(linear_and_norm(between)).double()
+    before = Record(model)
+    made, report = fxr.rewrite(model, "affine", x if example else None, into="graph")
+    before.assert_unchanged()
+    assert [each.rule for each in report.applied] == ["fold_norm"], report
+    expected, found = outputs(model, x), outputs(made, x)
+    assert expected[0].shape == found[0].shape
+    assert largest_error(expected, found) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("between", "shape", "example", "reason"),
+    [
+        (lambda y: y.flatten(0, 1), (2, 3, 5), False, "example_inputs would decide it"),
+        (lambda y: y.flatten(0, 1), (2, 2, 6, 5), True, "normalises dimension 1 of the 3-d tensor"),
+        (lambda y: y.flatten(1), (2, 1, 5), True, "the features are flattened with other"),
+        (lambda y: y.reshape(6, 6).mT, (2, 3, 5), False, "not a Conv1d"),
+        (lambda y: y.reshape(2, -1, 3).flatten(1), (1, 2, 5), False, "not a Conv1d"),
+        (lambda y: y.reshape(-1, 6, 1), (2, 3, 5), False, "reshaped to other than rows of 6"),
+        (lambda y: y.view(3, -1), (1, 3, 5), False, "reshaped to other than rows of 6"),
+        (lambda y: y.view(y.shape[0], y.shape[1]), (3, 5), False, "other than rows of 6"),
+    ],
+)
+def test_other_rows_are_not_of_features(
+    between: Any, shape: Any, example: bool, reason: str
+) -> None:
+    """Where the second dimension may be other than the layer's features, the norm stays."""
+    x = nets.random_input(shape)
+    model = nets.randomise(linear_and_norm(between)).double()
+    made, report = fxr.rewrite(model, "affine", x if example else None, into="graph")
+    assert not report.applied
+    assert reason in report.why("norm")
+    assert largest_error(outputs(model, x), outputs(made, x)) == 0
+
+
+def test_what_a_convolution_makes_is_normalised_before_it_is_flattened() -> None:
+    """Behind a convolution, a norm of another shape stays, though it could sometimes be folded."""
+    model = Forward(lambda m, x: m.norm(m.conv(x).flatten(2)), conv=conv(), norm=nn.BatchNorm1d(4))
+    _, report = rewritten(model, applied=0)
+    assert "what the Conv2d makes gets another shape" in report.why("norm")
+
+
 def test_a_lazy_layer_that_has_run() -> None:
     """Once its parameters are there, a lazy convolution is a convolution."""
     model = nn.Sequential(nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d())
