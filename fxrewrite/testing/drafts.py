@@ -116,7 +116,11 @@ def place(draft: Draft, step: Step, value: str, prefix: str = "") -> Placed:
     fitting = [kind for kind in targets if rank in ranks_of(kind)] or targets
     target = draft.draw(st.sampled_from([*fitting, *step.functions, *step.methods]))
     if target in targets:
-        made = draft.draw(modules(target, draft.shape(value)))
+        try:
+            made = draft.draw(modules(target, draft.shape(value)))
+        except IndexError:  # it would take its channels from a dimension that is not there
+            REFUSALS.append(f"a {target.__name__} for a value of {rank} dimensions")
+            reject()
         name = draft.member(prefix + step.name, made)
         how = draft.draw(st.sampled_from(["", "", "", "input="]))
         if how and next(iter(inspect.signature(target.forward).parameters.items()))[0] != "input":

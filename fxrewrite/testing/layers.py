@@ -254,6 +254,12 @@ _register(
 )
 _register(nn.Upsample, scale_factor=st.just(2), ranks=(3, 4))
 _register(nn.ZeroPad2d, st.integers(0, 1), ranks=(4,))
+for _each in (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries(
+            {"start_dim": st.sampled_from([0, 0, 1]), "end_dim": st.sampled_from([1, -2, -1])}
+        )
+    )
 # Random arguments to these end the process.
 for _each in ("to", "type", torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
     _makers[_each] = Maker(
