@@ -97,7 +97,8 @@ def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
     start, end = start % rank, end % rank
     if start < end == rank - 1:
         return "the features are flattened with other dimensions between them"
-    return rank - max(end - start, 0)
+    joined: int = max(end - start, 0)
+    return rank - joined
 
 
 def along_channels(layer: Layer, norm: nn.Module, rank: int | None, channels: int) -> str | None:
