@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
@@ -76,8 +76,9 @@ def _flat(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[s
 def _signatures(callee: Callable[..., Any] | str | type) -> tuple[inspect.Signature, ...]:
     if isinstance(callee, str):
         return _torch_signatures(getattr(torch.ops.aten, callee, None))
-    if isinstance(callee, type):
-        forward = inspect.signature(callee.forward)  # type: ignore[attr-defined]
+    # Other types are called as functions are: a data class or an OrderedDict that is returned.
+    if isinstance(callee, type) and issubclass(callee, nn.Module):
+        forward = inspect.signature(callee.forward)
         return (forward.replace(parameters=list(forward.parameters.values())[1:]),)
     if (by_flag := boolean_dispatched.get(callee)) is not None:  # F.max_pool2d and its like
         return _python_signature(by_flag["if_false"])

@@ -382,6 +382,7 @@ class Block:
         returned, takes = self.one(
             ("{0}", ""), ("{0}", ""), ("{0}", ""), ("{0}, {1}", "[0]"),
             ("{{'a': {0}, 'b': [{1}, {0}]}}", "['a']"), ("({1}, ({0}, None))", "[1][0]"),
+            ("this.OrderedDict(a={0}, b={1})", "['a']"),
         )  # fmt: skip
         lines = [*self.lines, f"return {returned.format(first, second)}"]
         made = written(self.members, lines, ", ".join(self.inputs), THIS)

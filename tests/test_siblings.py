@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from collections import OrderedDict
 
 import pytest
 import torch
 from fxrewrite.patterns.merge_siblings import in_common, of_any_size, stacked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nets import Forward
 from torch import nn
 from torch.nn import functional as F
 
@@ -218,6 +221,27 @@ def test_a_sibling_whose_reader_could_tell(returned, expected):
     )
     model = attention(returned=returned, **leaf)
     assert expected in left_out(model, leaf_modules=[Leaf])
+
+
+@dataclasses.dataclass
+class Pair:
+    one: object
+    two: object
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, Pair])
+def test_an_object_that_is_returned_reads_as_any_other_call(kind):
+    """The graph calls its class, which is no module's, on what siblings read and make."""
+
+    def forward(m, x):
+        return kind(one=F.relu(m.q(x)) + F.relu(m.k(x)), two=x)
+
+    model = Forward(forward, q=nn.Linear(4, 4), k=nn.Linear(4, 4)).double()
+    made, _ = fxr.rewrite(model, merge, expect={"merge": 1})
+    found, expected = made(x), model(x)
+    assert type(found) is kind
+    fields = dict if kind is OrderedDict else vars
+    torch.testing.assert_close(fields(found), fields(expected), rtol=0, atol=1e-12)
 
 
 class Leaf(nn.Module):
