@@ -25,7 +25,7 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from .calls import Arguments
+    from .binding import Arguments
     from .expressions import Expressions
 
 _COMPUTED = (abs, bool, divmod, float, int, len, max, min, pow, repr, round, str, sum, slice)

@@ -9,27 +9,25 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import attrs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..effects import hands_on
 from . import builtin, objects
-from .reader import Entered, Reader, UnreadableError, is_of_library
+from .binding import Arguments, bound
+from .held import is_of_library
+from .reader import Entered, Reader, UnreadableError
 from .sources import source_of
 from .values import (
     UNKNOWN,
     Atom,
     Env,
     Foreign,
-    Items,
     Known,
-    Many,
     Value,
     constants,
     joined,
     known,
-    names_of,
 )
 
 if TYPE_CHECKING:
@@ -43,68 +41,6 @@ _CALL_IMPLS = tuple(
 )
 
 
-@attrs.frozen
-class Arguments:
-    """What a call is given; `others` is what nobody can say to which further parameter it goes."""
-
-    positional: tuple[Value, ...] = ()
-    keywords: dict[str, Value] = attrs.field(factory=dict)
-    others: Value = frozenset()
-
-    @classmethod
-    def of(cls, node: ast.Call, at: Expressions) -> Arguments:
-        """The arguments of a call as it is written."""
-        positional: list[Value] = []
-        keywords: dict[str, Value] = {}
-        others: Value = frozenset()
-        for each in node.args:
-            found: Value | list[Value] = (
-                objects.iterate(at.value(each.value), at, each)
-                if isinstance(each, ast.Starred)
-                else [at.value(each)]
-            )
-            if isinstance(found, list) and not others:
-                positional += found
-            else:
-                others = joined(others, *found) if isinstance(found, list) else others | found
-        for keyword in node.keywords:
-            value = at.value(keyword.value)
-            if keyword.arg is not None:
-                keywords[keyword.arg] = value
-                continue
-            items = at.reader.keywords(*value) if len(value) == 1 else None
-            if items is None:
-                others |= UNKNOWN
-                at.reader.consume(value, at.at(node))
-            else:
-                keywords |= items
-        return cls(tuple(positional), keywords, others)
-
-    @property
-    def exact(self) -> bool:
-        """Whether it is clear to which parameter each goes."""
-        return not self.others
-
-    @property
-    def values(self) -> tuple[Value, ...]:
-        """All that is given."""
-        others = (self.others,) if self.others else ()
-        return (*self.positional, *self.keywords.values(), *others)
-
-    @property
-    def is_one(self) -> bool:
-        """Whether it is one value, and by position."""
-        return self.exact and len(self.positional) == 1 and not self.keywords
-
-    def after(self, first: Value) -> Arguments:
-        """The same with another argument before them."""
-        return attrs.evolve(self, positional=(first, *self.positional))
-
-    def without(self, count: int) -> Arguments:
-        """The same without the first ones."""
-        return attrs.evolve(self, positional=self.positional[count:])
-
-
 def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Value:
     """What a call may give; the modules that it calls are noted."""
     if isinstance(callee, Foreign):
@@ -116,12 +52,12 @@ def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Valu
     if isinstance(function, nn.Module):
         return _module(function, given, at, node)
     if isinstance(function, functools.partial):
-        bound = Arguments(
+        together = Arguments(
             (*map(known, function.args), *given.positional),
             {**{k: known(v) for k, v in function.keywords.items()}, **given.keywords},
             given.others,
         )
-        return call(Known(function.func), bound, at, node)
+        return call(Known(function.func), together, at, node)
     if isinstance(function, types.MethodType):
         return _method(function, given, at, node)
     if isinstance(function, types.FunctionType):
@@ -191,7 +127,7 @@ def _function(
         if isinstance(wrapped, types.FunctionType):
             return _function(wrapped, given, at, node)
         return opaque(function, given, at, node)
-    env = _bound(function, given)
+    env = bound(function, given)
     owner = constants(given.positional[:1])
     functions = at.reader.functions
     if env is None or len(functions) > _MOST_DEEP:
@@ -240,44 +176,6 @@ def read(
     except (UnreadableError, RecursionError) as error:
         reader.give_up(stacks, str(error))
         return otherwise(str(error))
-
-
-def _bound(function: types.FunctionType, given: Arguments) -> Env | None:
-    """The parameters with what they get; None where the call would raise."""
-    code = function.__code__
-    count = code.co_argcount
-    names = code.co_varnames[: count + code.co_kwonlyargcount]
-    more = list(code.co_varnames[len(names) :])
-    takes_rest = code.co_flags & inspect.CO_VARARGS
-    takes_names = code.co_flags & inspect.CO_VARKEYWORDS
-    defaults = dict(zip(names[:count][::-1], (function.__defaults__ or ())[::-1], strict=False))
-    defaults |= function.__kwdefaults__ or {}
-    if len(given.positional) > count and not takes_rest:
-        return None
-    bound = dict(zip(names[:count], given.positional, strict=False))
-    further = {}
-    for name, value in given.keywords.items():
-        if name in names and name not in bound:
-            bound[name] = value
-        elif takes_names:
-            further[name] = value
-        else:
-            return None
-    for name in names:
-        if name not in bound:
-            if name not in defaults and given.exact:
-                return None
-            default = known(defaults[name]) if name in defaults else frozenset[Atom]()
-            bound[name] = joined(default, given.others, UNKNOWN) if given.others else default
-    rest, any_other = given.positional[count:], joined(UNKNOWN, given.others)
-    if takes_rest:
-        items = Items(rest) if given.exact else Many(joined(any_other, *rest))
-        bound[more.pop(0)] = frozenset({items})
-    if takes_names:
-        made = names_of(further, code)
-        named = joined(any_other, *further.values()) if given.others else made
-        bound[more.pop(0)] = named
-    return bound
 
 
 def _module(module: nn.Module, given: Arguments, at: Expressions, node: ast.AST) -> Value:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import calls, objects
+from .binding import Arguments
 from .reader import Reader, UnreadableError
 from .sources import Source
 from .values import (
@@ -276,7 +277,7 @@ class Expressions:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
             return self._super()
         callee = self.value(node.func)
-        arguments = calls.Arguments.of(node, self)
+        arguments = Arguments.of(node, self)
         found = []
         for i, atom in enumerate(callee):
             with self.reader.under(self.reader.path, (id(node), i)):
@@ -306,4 +307,4 @@ class Expressions:
     def inline(self, function: types.MethodType, node: ast.AST) -> Value:
         """What a method that takes nothing may return."""
         with self.reader.under(self.reader.path, (id(node), "property")):
-            return calls.call(Known(function), calls.Arguments(), self, node)
+            return calls.call(Known(function), Arguments(), self, node)

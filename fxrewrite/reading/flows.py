@@ -14,9 +14,11 @@ import torch
 from torch import fx, nn
 
 from . import calls, objects
+from .binding import Arguments
 from .expressions import Expressions
+from .held import is_of_library
 from .outline import outline
-from .reader import Reader, is_of_library
+from .reader import Reader
 from .sources import Source
 from .values import UNKNOWN, Call, Known, Output, Value, known
 
@@ -232,7 +234,7 @@ def _read_once(model: nn.Module, reader: Reader) -> None:
         for hook in model.__dict__[name].values():
             calls.read_hook(hook, model, outside, _NOWHERE)
     if not plain:
-        returned = calls.call(Known(model), calls.Arguments(others=UNKNOWN), outside, _NOWHERE)
+        returned = calls.call(Known(model), Arguments(others=UNKNOWN), outside, _NOWHERE)
         reader.consume(returned, outside.at(_NOWHERE))
         return
     code = forward.__code__

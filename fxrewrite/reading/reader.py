@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +13,7 @@ import attrs
 import torch
 from torch import nn
 
+from .held import is_library, reached
 from .values import (
     PLAIN,
     Atom,
@@ -173,7 +172,7 @@ class Reader:
 
     def is_foreign(self, package: str) -> bool:
         """Whether a library is one that none of the model's modules come with."""
-        return package not in self._packages and bool(package) and not _is_library(package)
+        return package not in self._packages and bool(package) and not is_library(package)
 
     @functools.cached_property
     def _packages(self) -> set[str]:
@@ -213,21 +212,9 @@ class Reader:
         if isinstance(obj, (*PLAIN, torch.Tensor, types.ModuleType)):
             return ()
         if id(obj) not in self._reached:
-            found = tuple(self._walk(obj))
+            found = tuple(each for each in reached(obj) if id(each) in self.modules)
             self._reached[id(obj)] = (obj, found)
         return self._reached[id(obj)][1]
-
-    def _walk(self, root: Any) -> Iterator[nn.Module]:
-        seen: dict[int, Any] = {}
-        pending = [root]
-        while pending:
-            obj = pending.pop()
-            if isinstance(obj, PLAIN) or id(obj) in seen:
-                continue
-            seen[id(obj)] = obj
-            if id(obj) in self.modules:
-                yield obj
-            pending += _held(obj)
 
     def recurs(self, entry: Entered) -> bool:
         """Whether a function calls itself on what it was called on, which says nothing new."""
@@ -267,19 +254,6 @@ class Reader:
         return f"{where}, under `{self.conditions[-1]}`" if self.conditions else where
 
 
-def is_of_library(function: Any) -> bool:
-    """Whether a function comes with torch or Python, and so knows nothing of the model."""
-    if isinstance(function, types.FunctionType):  # whose `__module__` a decorator may have set
-        return _is_library(function.__globals__.get("__name__") or "somebody's")
-    return _is_library(getattr(function, "__module__", None) or "")
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(name: str) -> bool:
-    top = name.partition(".")[0]
-    return top in ("torch", "numpy", "math", "builtins", "") or top in sys.stdlib_module_names
-
-
 def _is_bare(atom: Atom) -> bool:
     """Whether nothing in a value was made by a call."""
     if isinstance(atom, Items):
@@ -287,44 +261,3 @@ def _is_bare(atom: Atom) -> bool:
     if isinstance(atom, Keywords):
         return all(_is_bare(each) for _, value in atom.items for each in value)
     return all(map(_is_bare, atom.item)) if isinstance(atom, Many) else not isinstance(atom, Output)
-
-
-def _held(obj: Any) -> list[Any]:
-    """What an object holds in such a way that code which has the object can get at it."""
-    if isinstance(obj, torch.Tensor | type | types.ModuleType):
-        return []
-    if isinstance(obj, dict):
-        return list(obj.values())
-    if isinstance(obj, list | tuple | set | frozenset):
-        return list(obj)
-    if isinstance(obj, types.MethodType):
-        return [obj.__self__, obj.__func__]
-    if isinstance(obj, weakref.ReferenceType):
-        return [obj()]
-    if isinstance(obj, types.FunctionType):
-        cells = [each.cell_contents for each in obj.__closure__ or () if _is_set(each)]
-        held = [*cells, *(obj.__defaults__ or ()), *(obj.__kwdefaults__ or {}).values()]
-        if not is_of_library(obj):
-            mentioned = (obj.__globals__.get(name) for name in obj.__code__.co_names)
-            held += [e for e in mentioned if isinstance(e, nn.Module | types.FunctionType)]
-        return held
-    if isinstance(obj, types.BuiltinMethodType):
-        return [obj.__self__]
-    if isinstance(obj, functools.partial):
-        return [obj.func, obj.args, obj.keywords]
-    if isinstance(obj, super):
-        return [obj.__self__]  # type: ignore[attr-defined]
-    held = list(getattr(obj, "__dict__", {}).values())
-    for cls in type(obj).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            held.append(getattr(obj, slot, None))
-    return held
-
-
-def _is_set(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
