@@ -86,13 +86,13 @@ def _other_reader(site: Site, view: GraphView) -> str | None:
     for link in site.links[1:]:
         for source in link.sources:
             if len(source.users) > 1 and source is not site.input:
-                others = [user for user in source.users if user is not link.node]
-                if not site.pattern.branches and all(asks(each, source, view) for each in others):
-                    continue
-                return (
-                    f"the output of {describe(source, view)} is also read by "
-                    f"{describe(others[0], view)}, which needs it as it is"
-                )
+                for user in source.users:
+                    may_move = not site.pattern.branches and asks(user, source, view)
+                    if user is not link.node and not may_move:
+                        return (
+                            f"the output of {describe(source, view)} is also read by "
+                            f"{describe(user, view)}, which needs it as it is"
+                        )
     for link in site.links:
         if any(value in nodes for value in link.side_inputs) or nodes.count(link.node) > 1:
             reader = link.node if link.side_inputs else next(iter(link.node.users))

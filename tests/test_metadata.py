@@ -21,6 +21,12 @@ from fxrewrite.metadata import KEEPING_CALLS, KEEPING_MODULES, asks, may_change
 from fxrewrite.view import GraphView
 
 fx.wrap("len")
+fx.wrap("height")
+
+
+def height(y: torch.Tensor) -> int:
+    """What the graph has as one call, of which nothing is known."""
+    return y.shape[2]
 
 
 def flattened(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +87,7 @@ def test_who_asks_for_the_shape_does_not_stop_a_fold(forward: Any) -> None:
     [
         lambda m, x: (y := m.conv(x), m.bn(y) * y.stride(0))[-1],
         lambda m, x: (y := m.conv(x), m.bn(y) * y.is_contiguous())[-1],
+        lambda m, x: (y := m.conv(x), m.bn(y) * height(y))[-1],
         lambda m, x: (y := m.conv(x), y.reshape_as(x) + m.bn(y))[-1],
         lambda m, x: (y := m.conv(x), y.reshape_as(y) + m.bn(y))[-1],
         lambda m, x: (y := m.conv(x), m.bn(y) + torch.rand_like(y))[-1],
@@ -94,6 +101,22 @@ def test_who_reads_numbers_or_strides_needs_the_value_as_it_is(forward: Any) -> 
     """Other attributes, the numbers, and the shape beside the numbers, refuse the site."""
     _, report = held(forward)
     assert "needs it as it is" in report.why("bn")
+
+
+def test_the_reason_names_who_reads_the_numbers() -> None:
+    """And not somebody who asks for the shape before."""
+    _, report = held(lambda m, x: (y := m.conv(x), m.bn(y) + y.size(0) + y.mean())[-1])
+    assert "also read by mean (.mean())" in report.why("bn")
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_in_a_module_tree_every_reader_counts(traced: bool) -> None:
+    """The code that stays might read the shape of more than what was traced; it is refused."""
+    model: Any = Forward(flattened, conv=conv(), bn=bn()).double()
+    model = fx.symbolic_trace(model) if traced else model
+    made, report = fxr.rewrite(model, "conv_bn", X, into="modules")
+    assert "may also go elsewhere" in report.why("bn")
+    assert checks.largest_error(checks.outputs(model, X), checks.outputs(made, X)) == 0
 
 
 @pytest.mark.parametrize(
@@ -145,8 +168,12 @@ def test_a_program_of_any_size_asks_its_values_for_their_sizes() -> None:
             lambda m, x: (y := m.conv(x), m.bn(y) + y.size(1))[-1],
             {"bn": timm.layers.BatchNormAct2d(4)},
         ),
+        (
+            lambda m, x: (z := m.one(x).flatten(0, -2), m.bn(z).view(z.shape) + z.size(0))[-1],
+            {"one": nn.Linear(5, 7), "bn": nn.BatchNorm1d(7)},
+        ),
     ],
-    ids=["constant", "norm before", "frozen", "with an activation"],
+    ids=["constant", "norm before", "frozen", "with an activation", "rows"],
 )
 def test_a_layer_with_other_numbers_has_its_shape(forward: Any, members: Any) -> None:
     """So has what a norm reads, where the fold goes into the layer behind it."""
