@@ -12,7 +12,7 @@ from .dialects.lifting import Lifting
 from .dialects.lowering import lower
 from .engine import Engine
 from .reach import Reach, is_anchor, not_lifted
-from .renaming import renamed
+from .renaming import Renamed
 from .replaying import Script
 from .report import Finding, Report
 from .ruleset import RuleSet
@@ -53,7 +53,7 @@ class Applied:
             self.reach.unreached,
             into,
             self.stops,
-            renamed(model, made, self.became),
+            Renamed(model, made, self.became),
         )
 
 

@@ -69,15 +69,15 @@ def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:
 def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
     """The first reason of a guard, or else what the rule returns."""
     for guard in rule.guards:
-        name = getattr(guard, "__name__", repr(guard))
         try:
             reason = guard(match)
         except Exception as error:
-            raise failure(rule, site, f"its guard {name} raised {error!r}") from error
+            raise failure(rule, site, f"its guard {_name(guard)} raised {error!r}") from error
         if isinstance(reason, str):
             return reason
         if reason is not None:
-            raise failure(rule, site, f"its guard {name} returned {reason!r}, not None or a reason")
+            what = f"its guard {_name(guard)} returned {reason!r}, not None or a reason"
+            raise failure(rule, site, what)
     try:
         action = rule.build(match)
     except Exception as error:
@@ -95,6 +95,10 @@ def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
         count = len(site.links)
         raise failure(rule, site, f"it returned {len(action.sizes)} sizes for {count} siblings")
     return action
+
+
+def _name(guard: Any) -> str:
+    return str(getattr(guard, "__name__", repr(guard)))
 
 
 def _check_steps(rule: Rule[Any], site: Site, action: Revise) -> None:

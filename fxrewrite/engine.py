@@ -218,7 +218,7 @@ class Engine:
     def _adopt(self, module: nn.Module, matched: tuple[nn.Module | None, ...]) -> None:
         """Give a new module the mode of those it replaces."""
         training = any(old.training for old in matched if old is not None)
-        for each in module.modules():
+        for each in module.modules() if module._modules else (module,):
             if each.training != training and id(each) not in self._view.ids:
                 each.training = training
 

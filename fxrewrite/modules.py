@@ -138,10 +138,11 @@ def evolve(module: M, /, **changes: Any) -> M:
         AttributeError: the module has nothing of that name.
     """
     new = type(module).__new__(type(module))
-    new.__dict__ = state = module.__dict__.copy()
+    state = new.__dict__
+    state.update(module.__dict__)
     for registry in _REGISTRIES:
         state[registry] = state[registry].copy()
-    new.__dict__.pop("_compiled_call_impl", None)
+    state.pop("_compiled_call_impl", None)
     for name, value in changes.items():
         if name in new._parameters:
             new._parameters[name] = _parameter(module, module._parameters[name], value)

@@ -80,19 +80,24 @@ class Reach:
         called = set(self._spelt)
         through: set[str] = set()
         inside: dict[int, str] = {}
+        above: set[str] = set()
         for view in views:
+            paths: set[str] = set()
             for node in view.graph.nodes:
                 stack = node.meta.get("nn_module_stack", {})
-                through.update(view.shown(path) for path, _ in stack.values())
+                paths.update([path for path, _ in stack.values()])
                 module = view.module(node)
                 if module is not None:
                     called.add(id(module))
-                    through.update(_above(str(node.target)))
+                    above.add(_parent_name(str(node.target))[0])
                     if module._modules and str(node.target) not in stopped:
                         hook = has_hooks(module)
                         because = f", since it carries {hook}" if hook else ""
                         whole = f"{describe(node, view)}, which is kept whole{because}"
                         inside.update((id(each), whole) for each in module.modules())
+            through.update(map(view.shown, paths))
+        for name in above - {""}:
+            through.update((name, *_above(name)))
         reasons = {}
         for name, module in self._modules.items():
             if id(module) in called:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -32,38 +33,60 @@ class Became:
         return f"{words}{', '.join(self.keys)}" if words else self.how
 
 
-def renamed(model: Any, made: Any, rewritten: Mapping[str, str]) -> dict[str, Became]:
+class Renamed(Mapping[str, Became]):
     """For each key of the model's state dict, what became of it in the result.
 
-    `rewritten` has the names of the modules that were matched, with what each became.
+    It is told apart when it is asked for; what both state dicts have is noted at once.
 
     >>> model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1, bias=False))
-    >>> print(renamed(model, nn.Sequential(*model[1:]), {})["1.weight"])
+    >>> print(Renamed(model, nn.Sequential(*model[1:]), {})["1.weight"])
     moved to 0.weight
+
+    Args:
+        model: the model.
+        made: the result.
+        rewritten: the names of the modules that were matched, with what each became.
     """
-    now = dict(_saved(made))
-    keys_of: dict[int, list[str]] = {}
-    for key, tensor in now.items():
-        keys_of.setdefault(id(tensor), []).append(key)
-    of_module: dict[str, list[str]] = {}
-    for key in now:
-        owner, _ = _parent_name(key)
-        while owner:
-            of_module.setdefault(owner, []).append(key)
-            owner, _ = _parent_name(owner)
-    result = {}
-    for key, tensor in _saved(model):
-        if now.get(key) is tensor:
-            result[key] = Became("same", (key,))
-        elif key in now:
-            result[key] = Became("changed", (key,))
-        elif id(tensor) in keys_of:
-            result[key] = Became("moved", tuple(keys_of[id(tensor)]))
-        else:
+
+    def __init__(self, model: Any, made: Any, rewritten: Mapping[str, str]) -> None:
+        self._before = {key: id(tensor) for key, tensor in _saved(model)}
+        self._now = {key: id(tensor) for key, tensor in _saved(made)}
+        self._rewritten = rewritten
+
+    def __getitem__(self, key: str) -> Became:
+        return self._became[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    @functools.cached_property
+    def _became(self) -> dict[str, Became]:
+        now = self._now
+        keys_of: dict[int, list[str]] = {}
+        for key, tensor in now.items():
+            keys_of.setdefault(tensor, []).append(key)
+        of_module: dict[str, list[str]] = {}
+        for key in now:
             owner, _ = _parent_name(key)
-            keys = tuple(of_module.get(_end(owner, rewritten), ()))
-            result[key] = Became("folded", keys) if keys else Became("gone")
-    return result
+            while owner:
+                of_module.setdefault(owner, []).append(key)
+                owner, _ = _parent_name(owner)
+        result = {}
+        for key, tensor in self._before.items():
+            if now.get(key) == tensor:
+                result[key] = Became("same", (key,))
+            elif key in now:
+                result[key] = Became("changed", (key,))
+            elif tensor in keys_of:
+                result[key] = Became("moved", tuple(keys_of[tensor]))
+            else:
+                owner, _ = _parent_name(key)
+                keys = tuple(of_module.get(_end(owner, self._rewritten), ()))
+                result[key] = Became("folded", keys) if keys else Became("gone")
+        return result
 
 
 def _end(name: str, became: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ def renew(view: GraphView, nodes: Iterable[fx.Node], mode: FakeTensorMode | None
     """
     nodes = list(nodes)
     read = [each for node in nodes for each in (node, *node.all_input_nodes)]
-    mode = mode or _mode(*(each.meta.get("val") for each in read))
+    mode = mode or _mode(*(each.meta["val"] for each in read if "val" in each.meta))
     for node in nodes if mode is not None else ():
         try:
             value = _value(view, node, mode)  # type: ignore[arg-type]
@@ -81,5 +81,5 @@ def _known(view: GraphView, node: fx.Node, mode: FakeTensorMode) -> Any:
 
 def _mode(*values: Any) -> FakeTensorMode | None:
     """The mode of the first fake tensor among these."""
-    leaves = pytree.tree_leaves(values)
+    leaves = pytree.tree_leaves(values) if values else ()
     return next((each.fake_mode for each in leaves if isinstance(each, FakeTensor)), None)

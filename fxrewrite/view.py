@@ -116,13 +116,20 @@ class GraphView:
     @functools.cached_property
     def ties(self) -> dict[int, tuple[str, ...]]:
         """The qualified names of each parameter that several modules hold, by its identity."""
-        holders: dict[int, dict[int, str]] = {}
-        for name, module in self.modules.items():
+        first: dict[int, nn.Module] = {}
+        shared = {
+            id(parameter)
+            for module in self.modules.values()
+            for parameter in module._parameters.values()
+            if parameter is not None and first.setdefault(id(parameter), module) is not module
+        }
+        holders: dict[int, dict[int, str]] = {each: {} for each in shared}
+        for name, module in self.modules.items() if shared else ():
             for key, parameter in module._parameters.items():
-                if parameter is not None:
+                if id(parameter) in shared:
                     full = f"{name}.{key}".lstrip(".")
-                    holders.setdefault(id(parameter), {}).setdefault(id(module), full)
-        return {k: tuple(names.values()) for k, names in holders.items() if len(names) > 1}
+                    holders[id(parameter)].setdefault(id(module), full)
+        return {each: tuple(names.values()) for each, names in holders.items()}
 
     def only_user(self, module: nn.Module) -> bool:
         """Whether a single call is all that uses a module, under whatever name.

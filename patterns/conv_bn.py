@@ -45,7 +45,7 @@ def same_rank(m: ConvBn) -> str | None:
 
 def reads_a_batch(m: ConvBn) -> str | None:
     """Of a tensor without a batch, a batch norm takes what comes second for the channels."""
-    if m.x.rank in (None, _rank(m.conv) + 2):
+    if m.x.rank is None or m.x.rank == _rank(m.conv) + 2:
         return None
     return (
         f"the {_name(m.conv)} reads a {m.x.rank}-d tensor, which has no batch dimension; of that "

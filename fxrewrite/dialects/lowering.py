@@ -28,7 +28,8 @@ def lower(view: GraphView, lifting: Lifting) -> dict[str, str]:
     Gives the name under which each new module stood, with the name that its tensors are below.
     """
     lowering = _Lowering(view, lifting)
-    lowering.run()
+    if lifting.lifted:
+        lowering.run()
     return lowering.names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +64,6 @@ class Parts:
         names = {each for each in self._leaves if isinstance(each, str)}
         self._keeps_whole = keeps_whole(tracer or fx.Tracer, types, names)
         self._roots = {id(model)}
-        self._names = {id(each): name for name, each in model.named_modules()}
         self._add("", whole)
 
     @property
@@ -87,6 +87,10 @@ class Parts:
         """Whether tracing keeps a module of the model as one node, whatever hooks it carries."""
         return self._keeps_whole(module, self._names[id(module)])
 
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(each): name for name, each in self._model.named_modules()}
+
     def _add(self, name: str, traced: Traced) -> None:
         """Add what tracing a submodule gave, and go on where it stopped."""
         for each in traced.stops:
@@ -97,6 +101,8 @@ class Parts:
             return
         part = _part(name, traced)
         self.parts.append(part)
+        if not self.stops and not self._in_leaves:
+            return
         for target in dict.fromkeys(str(n.target) for n in part.graph.find_nodes(op="call_module")):
             if target in part.constants:
                 continue  # a check, which the model does not have
