@@ -84,6 +84,8 @@ def _callers_refusal(site: Site, value: fx.Node, effects: Effects) -> str | None
 
 def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
     """How the storage of a chain's output is related to that of a value that it reads."""
+    if is_fresh(site.last, view):
+        return "new"
     known: dict[fx.Node, Relation] = {value: "same"}
     for node in site.nodes:
         if known.keys().isdisjoint(node.all_input_nodes):

@@ -161,7 +161,7 @@ class Engine:
             anchors = [(rule, rule.pattern.anchor_step) for rule in tried]
             rules = [rule for rule, step in anchors if calls(step, node, self._view)]
             self._rules_by_callee[key] = rules
-        if any(not rule.pattern.anchor_step.side_inputs for rule in rules):
+        if rules and not all(rule.pattern.anchor_step.side_inputs for rule in rules):
             one = reads_one_value(node, self._view)
             return [r for r in rules if one or r.pattern.anchor_step.side_inputs]
         return rules

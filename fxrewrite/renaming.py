@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
-import torch
 from torch import nn
 
 from .modules import _parent_name
@@ -49,8 +48,7 @@ class Renamed(Mapping[str, Became]):
     """
 
     def __init__(self, model: Any, made: Any, rewritten: Mapping[str, str]) -> None:
-        self._before = {key: id(tensor) for key, tensor in _saved(model)}
-        self._now = {key: id(tensor) for key, tensor in _saved(made)}
+        self._before, self._now = _saved(model), _saved(made)
         self._rewritten = rewritten
 
     def __getitem__(self, key: str) -> Became:
@@ -100,16 +98,22 @@ def _end(name: str, became: Mapping[str, str]) -> str:
     return name
 
 
-def _saved(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Key and tensor of all that a state dict has, by whatever number of names."""
+def _saved(model: Any) -> dict[str, int]:
+    """Each key that a state dict has, by whatever number of names, and its tensor's identity."""
     if not isinstance(model, nn.Module):  # an exported program
-        yield from model.state_dict.items()
-        return
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
+        return {key: id(tensor) for key, tensor in model.state_dict.items()}
+    found: dict[str, int] = {}
+
+    def add(module: nn.Module, prefix: str) -> None:
         for key, tensor in module._parameters.items():
             if tensor is not None:
-                yield prefix + key, tensor
+                found[prefix + key] = id(tensor)
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield prefix + key, buffer
+                found[prefix + key] = id(buffer)
+        for key, child in module._modules.items():
+            if child is not None:
+                add(child, f"{prefix}{key}.")
+
+    add(model, "")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -69,10 +70,10 @@ class Site:
         """The node that runs before all others of the chain."""
         return min(self.nodes) if self.pattern.branches else self.links[0].node
 
-    @property
-    def nodes(self) -> list[fx.Node]:
+    @functools.cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
         """The chain's nodes, in data order."""
-        return [link.node for link in self.links]
+        return tuple([link.node for link in self.links])
 
     @property
     def steps(self) -> tuple[tuple[str, str], ...]:

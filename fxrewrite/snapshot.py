@@ -100,7 +100,7 @@ class ModelState:
                 if registry:
                     self._registries.append((name, registry, registry.copy()))
             for key, value in module.__dict__.items():
-                if type(value) not in _IMMUTABLE and key not in _OF_EVERY_MODULE:
+                if key not in _OF_EVERY_MODULE and type(value) not in _IMMUTABLE:
                     self._hold(f"{name}.{key}", value)
             for key in module._buffers if buffers else ():
                 self._hold(f"{name}.{key}", module._buffers[key])

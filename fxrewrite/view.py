@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import keyword
-from collections import Counter
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ class GraphView:
         self.remarks: dict[fx.Node, str] = {}
         found = modules or dict(root.named_modules(remove_duplicate=False))
         self.modules: dict[Any, nn.Module] = found
-        self._users: Counter[int] = Counter()
-        self._called: Counter[str] = Counter()
+        self._users: dict[int, int] = {}
+        self._called: dict[str, int] = {}
         self._constants: set[fx.Node] = set()
         self._whole = {
             str(node.target)
@@ -61,8 +60,9 @@ class GraphView:
         """The module that a node calls, or None where it calls none."""
         if node.op != "call_module":
             return None
-        placed: nn.Module | None = self.placed.get(node.target)  # type: ignore[arg-type]
-        return placed if placed is not None else self.modules.get(node.target)
+        target: Any = node.target
+        placed: nn.Module | None = self.placed.get(target)
+        return placed if placed is not None else self.modules.get(target)
 
     def attribute(self, node: fx.Node) -> Any:
         """The value that a `get_attr` node reads."""
@@ -137,7 +137,7 @@ class GraphView:
         Another call, a call of something inside it, a read of one of its attributes, and a called
         module that contains it are further users.
         """
-        return self._users[id(module)] == 1
+        return self._users.get(id(module)) == 1
 
     def free_name(self, target: str) -> str:
         """A qualified name near `target` that nothing of model or graph has or contains."""
@@ -148,12 +148,12 @@ class GraphView:
 
     def is_used(self, target: str) -> bool:
         """Whether a node of the graph calls or reads what has that name, or what it is part of."""
-        return self._called[target] > 0 or self._is_below_used(target)
+        return self._called.get(target, 0) > 0 or self._is_below_used(target)
 
     def _is_below_used(self, target: str) -> bool:
         while "." in target:
             target, _ = _parent_name(target)
-            if self._called[target]:
+            if self._called.get(target):
                 return True
         return False
 
@@ -170,7 +170,7 @@ class GraphView:
         if node.op == "call_module":
             module = self.module(node)
             if module is not None:
-                self._called[str(node.target)] += by
+                self._call(str(node.target), by)
                 used = module.modules() if module._modules else (module,)
                 for each in used:
                     self._use(each, by)
@@ -178,10 +178,13 @@ class GraphView:
                     self._use_containers(str(node.target), by)
             return
         if node.op == "get_attr":
-            self._called[str(node.target)] += by
+            self._call(str(node.target), by)
             self._use_containers(str(node.target), by)
         if by > 0 and is_constant(node, self._constants):
             self._constants.add(node)
+
+    def _call(self, target: str, by: int) -> None:
+        self._called[target] = self._called.get(target, 0) + by
 
     def _use_containers(self, target: str, by: int) -> None:
         while "." in target:
@@ -191,7 +194,7 @@ class GraphView:
                 self._use(container, by)
 
     def _use(self, module: nn.Module, by: int) -> None:
-        users = self._users[id(module)] + by
+        users = self._users.get(id(module), 0) + by
         if users:
             self._users[id(module)] = users
         else:  # a module that nobody uses may be freed, and its id taken by another

@@ -68,7 +68,7 @@ def scaled_and_shifted(
     changes: dict[str, Any] = {}
     if scale is not None:
         scale = scale.to(wide(dtype))
-        changes["weight"] = (weight * _per_output(layer, scale)).to(dtype)
+        changes["weight"] = (weight * _per_output(layer, weight, scale)).to(dtype)
         if bias is not None and shift is not None:
             shift = torch.addcmul(shift, bias, scale)
         elif bias is not None:
@@ -129,9 +129,8 @@ def spatial_rank(layer: Layer) -> int:
     return layer.weight.dim() - 2
 
 
-def _per_output(layer: Layer, vector: torch.Tensor) -> torch.Tensor:
+def _per_output(layer: Layer, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """One number per output channel, so that it multiplies the weight."""
-    weight = layer.weight
     ones = [1] * (weight.dim() - 2)
     if not isinstance(layer, _TRANSPOSED):
         return vector.view(-1, 1, *ones)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx
 from torch.fx import immutable_collections
 
+from .proxies import Proxy
+
 _PLAIN = (dict, immutable_collections.immutable_dict)
 
 
@@ -22,9 +24,12 @@ def keep_types(tracer: fx.Tracer) -> None:
         tracer: a tracer of our own. It is changed in place.
     """
     create_arg = tracer.create_arg
+    is_plain = type(tracer).create_arg is fx.Tracer.create_arg
 
     def create(value: Any) -> Any:
         kind = type(value)  # isinstance() would ask a value of the trace what it stands for
+        if is_plain and kind is Proxy:  # FX would find the same, last of all
+            return value.node
         if kind in _PLAIN or not issubclass(kind, dict):
             return create_arg(value)
         if dataclasses.is_dataclass(value):

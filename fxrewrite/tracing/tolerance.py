@@ -27,7 +27,8 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
         return getattr_(name, value, cache)
 
     def call(module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-        last, depth = next(reversed(tracer.graph.nodes)), len(tracer.module_stack)
+        nodes = tracer.graph.nodes
+        count, depth = len(nodes), len(tracer.module_stack)
         try:
             return call_module(module, forward, args, kwargs)
         except Exception as error:
@@ -39,9 +40,8 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
         while len(tracer.module_stack) > depth:
             tracer.module_stack.popitem()
         taken_back = set()
-        for node in reversed(tracer.graph.nodes):
-            if node is last:
-                break
+        while len(nodes) > count:
+            node = next(iter(reversed(nodes)))
             taken_back.add(node)
             tracer.graph.erase_node(node)
         for read in [name for name, proxy in reads.items() if proxy.node in taken_back]:

@@ -152,10 +152,6 @@ class _BufferTracer(fx.Tracer):
         self.reads_buffers |= value is not attr_val and not isinstance(attr_val, nn.Parameter)
         return value
 
-    def create_arg(self, a: Any) -> Any:
-        # FX arrives at the same, after it has asked many times what the value is.
-        return a.node if type(a) is Proxy else super().create_arg(a)
-
 
 def _settled(
     model: nn.Module,
