@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import attrs
@@ -33,7 +34,7 @@ def handed_on(x: Any) -> Any:
 # What tracing keeps as one node each.
 fx.wrap("doubled")
 fx.wrap("handed_on")
-THIS = {"this": sys.modules[__name__]}
+THIS = {"this": sys.modules[__name__], "OrderedDict": OrderedDict}
 
 
 @st.composite
@@ -382,7 +383,7 @@ class Block:
         returned, takes = self.one(
             ("{0}", ""), ("{0}", ""), ("{0}", ""), ("{0}, {1}", "[0]"),
             ("{{'a': {0}, 'b': [{1}, {0}]}}", "['a']"), ("({1}, ({0}, None))", "[1][0]"),
-            ("this.OrderedDict(a={0}, b={1})", "['a']"),
+            ("OrderedDict(a={0}, b={1})", "['a']"),
         )  # fmt: skip
         lines = [*self.lines, f"return {returned.format(first, second)}"]
         made = written(self.members, lines, ", ".join(self.inputs), THIS)
