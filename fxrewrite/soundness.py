@@ -157,12 +157,12 @@ def _overridden(
     """How a subclass of a step's type behaves differently, in words, or None."""
     plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
     bases = [_member(base, plain) for base in wanted if issubclass(plain, base)]
-    reasons = [_differs(plain, base) for base in bases]
+    reasons = [_differs(plain, base) for base in bases if base is not None]
     return None if None in reasons else reasons[0]
 
 
 def _member(base: Any, found: type[nn.Module]) -> Any:
-    """Whose behaviour a type must have: of a family, its nearest member's."""
+    """Whose behaviour a type must have: of a family, its nearest member's, which it may lack."""
     return base.member(found) if isinstance(base, FamilyType) else base
 
 

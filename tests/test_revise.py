@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxrewrite as fxr
+from fxrewrite.patterns.forward import PaddedConv
 
 X = nets.random_input((2, 4, 5, 5))
 
@@ -171,6 +172,12 @@ def test_a_family_grows_by_type_and_by_name():
     fxr.rewrite(model, drop_known(), expect={"drop_known": 2})
     with pytest.raises(KeyError):
         Known.known_of(nn.ReLU())
+
+
+def test_what_is_made_of_a_family_itself_is_refused():
+    """It is no member of the family, so nothing tells how it behaves."""
+    report = fxr.plan(net(PaddedConv(4, 4, 1), nets.bn()), "affine")
+    assert "0 is a PaddedConv, whose _members is not that of Conv2d" in report.why("1")
 
 
 # Constants.
