@@ -6,10 +6,10 @@ import checks
 import nets
 import pytest
 import torch
+from fxrewrite.patterns.forward import PaddedConv
 from torch import nn
 
 import fxrewrite as fxr
-from fxrewrite.patterns.forward import PaddedConv
 
 X = nets.random_input((2, 4, 5, 5))
 
