@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from nets import X, bn, conv
 from torch import nn
 
 import fxrewrite as fxr
+from fxrewrite.testing.written import compiled
 
 
 def of_package(name: str, code: str) -> Callable[..., Any]:
@@ -59,14 +61,14 @@ def rewritten(model: nn.Module, applied: int, *example: Any) -> fxr.Report:
 
 
 def test_without_an_example_code_that_can_not_be_read_may_do_anything() -> None:
-    report = rewritten(Uses(of_package("elsewhere.tools", CALLS_IT)), 0)
+    report = rewritten(Uses(of_package("attr.tools", CALLS_IT)), 0)
     assert "used by use (<string>), whose source can't be read" in report.why("block.bn")
     assert "with example_inputs, code of another library is taken to call only" in str(report)
 
 
 def test_with_an_example_code_of_another_library_is_taken_to_call_what_it_is_given() -> None:
     """The report says so."""
-    model = Uses(of_package("elsewhere.tools", CALLS_IT))
+    model = Uses(of_package("attr.tools", CALLS_IT))
     report = rewritten(model, 1, X)
     assert "trusted to call only what it is given: use (<string>), who" in report.why("block.bn")
     made, _ = fxr.rewrite(model, "conv_bn", (X,), into="modules")
@@ -74,15 +76,50 @@ def test_with_an_example_code_of_another_library_is_taken_to_call_what_it_is_giv
 
 
 def test_a_module_that_it_is_given_itself_stays() -> None:
-    rewritten(Uses(of_package("elsewhere.tools", CALLS_IT), "block.conv"), 0, X)
+    rewritten(Uses(of_package("attr.tools", CALLS_IT), "block.conv"), 0, X)
 
 
 def test_the_run_refuses_what_it_does_otherwise() -> None:
-    report = rewritten(Uses(of_package("elsewhere.tools", REACHES_IN)), 0, X, True)
+    report = rewritten(Uses(of_package("attr.tools", REACHES_IN)), 0, X, True)
     assert "the run on the example inputs called block.conv" in report.why("block.bn")
 
 
-@pytest.mark.parametrize("package", ["test_handed", "__main__", ""])
+CALLBACKS = {
+    "a lambda": "self.use(self.block, lambda block: block.conv(x))",
+    "a function": "self.use(self.block, reach_in)",
+    "a method": "self.use(self.block, self.reach_in)",
+    "one among others": "self.use(self.block, *[x, reach_in])",
+    "a name": "self.use(self.block, x=reach_in)",
+    "in an object": "self.use(self.block, types.SimpleNamespace(do=reach_in))",
+    "in a list": "self.use(self.block, [x, [reach_in]])",
+    "what a function makes": "self.use(self.block, (lambda: reach_in)())",
+    "an item": "self.use(self.block, [x, reach_in][1])",
+    "put into an object": "self.use(self.block, setting(types.SimpleNamespace()))",
+}
+
+
+OWN = (
+    "def reach_in(self, x=None):\n    return self.block.conv(x)\n"
+    "def setting(obj):\n    obj.do = reach_in\n    return obj\n"
+)
+
+
+@pytest.mark.parametrize("call", CALLBACKS.values(), ids=list(CALLBACKS))
+def test_code_that_is_given_own_code_as_well_is_not_trusted(call: str) -> None:
+    namespace: dict[str, Any] = {"__name__": __name__, "types": types}
+    forward = f"def forward(self, x, asked=False):\n    x = x + {call} if asked else x\n"
+    compiled(f"{forward}    return self.block(x)\n{OWN}", namespace)
+    methods = {name: namespace[name] for name in ("forward", "reach_in")}
+    model = type("Calls", (Uses,), methods)(of_package("attr.tools", CALLS_IT))
+    rewritten(model, 0, X)
+
+
+def test_a_wrapper_around_own_code_is_not_trusted() -> None:
+    wrapped = of_package("attr.tools", "def use(function): return lambda m, x: function(m, x)")
+    rewritten(Uses(wrapped(lambda module, x: module.conv(x))), 0, X)
+
+
+@pytest.mark.parametrize("package", ["test_handed", "__main__", "", "not_installed"])
 def test_code_that_comes_with_the_model_is_not_trusted(package: str) -> None:
     """Nor is code of which nobody knows where it comes from."""
     rewritten(Uses(of_package(package, CALLS_IT)), 0, X)

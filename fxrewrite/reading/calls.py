@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,13 +21,19 @@ from .held import is_of_library
 from .reader import Entered, Reader, UnreadableError
 from .sources import source_of
 from .values import (
+    ANYTHING,
+    CODE,
+    DEFERRED,
     UNKNOWN,
     Atom,
     Env,
     Foreign,
+    Items,
     Known,
+    Output,
     Value,
     constants,
+    holds_code,
     joined,
     known,
 )
@@ -47,7 +55,8 @@ def call(callee: Atom, given: Arguments, at: Expressions, node: ast.AST) -> Valu
         return opaque(None, given, at, node, package=callee.package)
     if not isinstance(callee, Known):
         at.reader.consume(frozenset({callee}), at.at(node))
-        return opaque(None, given, at, node)
+        result = opaque(None, given, at, node)
+        return result | DEFERRED if callee is CODE else result
     function = callee.value
     if isinstance(function, nn.Module):
         return _module(function, given, at, node)
@@ -83,16 +92,26 @@ def opaque(
     """The value of a call that is not read: it may do anything with what it can get at."""
     where = where or at.at(node)
     package = package or (getattr(function, "__module__", None) or "").partition(".")[0]
-    for value in given.values:
-        for atom in value:
-            is_module = isinstance(atom, Known) and isinstance(atom.value, nn.Module)
-            if isinstance(atom, Known) and is_module and at.reader.is_foreign(package):
-                at.reader.hand(atom.value, where)
-            else:
-                at.reader.consume(frozenset({atom}), where)
+    atoms = [atom for value in given.values for atom in value]
+    comes_alone = at.reader.is_foreign(package) and not getattr(function, "__closure__", None)
+    trusted = comes_alone and all(map(_brings_no_code, atoms))
+    for atom in atoms:
+        if trusted and isinstance(atom, Known) and isinstance(atom.value, nn.Module):
+            at.reader.hand(atom.value, where)
+        else:
+            at.reader.consume(frozenset({atom}), where)
     if function is not None:
         at.reader.escape(function, where)
-    return UNKNOWN
+    return UNKNOWN | DEFERRED if any(map(holds_code, given.values)) else UNKNOWN
+
+
+def _brings_no_code(atom: Atom) -> bool:
+    """Whether nothing is given with it that could reach into a module by the model's own code."""
+    if isinstance(atom, Items):
+        return all(map(_brings_no_code, itertools.chain(*atom.items)))
+    if isinstance(atom, Known):
+        return atom.is_plain or isinstance(atom.value, nn.Module | torch.Tensor)
+    return isinstance(atom, Output) or atom is ANYTHING
 
 
 def _constructor(cls: type, given: Arguments, at: Expressions, node: ast.AST) -> Value:

@@ -17,6 +17,7 @@ from .binding import Arguments
 from .reader import Reader, UnreadableError
 from .sources import Source
 from .values import (
+    DEFERRED,
     UNKNOWN,
     Env,
     Items,
@@ -26,6 +27,7 @@ from .values import (
     Output,
     Value,
     constants,
+    holds_code,
     is_plain,
     joined,
     joined_envs,
@@ -116,10 +118,10 @@ class Expressions:
         return UNKNOWN
 
     def _rest(self, node: ast.AST) -> Value:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr):
-                self.used(child)
-        return UNKNOWN
+        found = [self.value(e) for e in ast.iter_child_nodes(node) if isinstance(e, ast.expr)]
+        for each in found:
+            self.reader.consume(each, self.at(node))
+        return UNKNOWN | DEFERRED if any(map(holds_code, found)) else UNKNOWN
 
     def _constant(self, node: ast.Constant) -> Value:
         return known(node.value)
@@ -298,7 +300,7 @@ class Expressions:
     def defer(self, node: ast.AST) -> Value:
         """A function that is made here: it is read at the end, as if called on anything."""
         self.deferred[id(node)] = node
-        return UNKNOWN
+        return DEFERRED
 
     def store(self, target: ast.expr, value: Value) -> None:
         """Give what stands left of an assignment its value."""

@@ -81,7 +81,8 @@ class Flows:
             if where is not None:
                 return f"{self._name(module)} may also be used by {where}"
             where = self._reader.handed.get(id(module))
-            if where is not None and not self._is_run:
+            is_seen = self._is_run and id(module) in self._calls and not self._reader.puts_code
+            if where is not None and not is_seen:
                 return (
                     f"{self._name(module)} may also be used by {where}; with example_inputs, code "
                     "of another library is taken to call only what it is given"

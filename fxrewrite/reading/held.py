@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 import types
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .values import PLAIN
+
+_SITES = frozenset({"site-packages", "dist-packages"})
 
 
 def reached(root: Any) -> Iterator[nn.Module]:
@@ -41,6 +45,17 @@ def is_library(name: str) -> bool:
     """Whether a module of that name comes with torch or Python."""
     top = name.partition(".")[0]
     return top in ("torch", "numpy", "math", "builtins", "") or top in sys.stdlib_module_names
+
+
+@functools.lru_cache(maxsize=4096)
+def is_installed(package: str) -> bool:
+    """Whether a library is installed from elsewhere, and is no folder that somebody works in."""
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        return False
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    return any(_SITES & set(Path(each).parts) for each in places if each)
 
 
 def _held(obj: Any) -> list[Any]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from .reader import Reader
 from .values import (
+    CODE,
+    DEFERRED,
     PLAIN,
     UNKNOWN,
     Atom,
@@ -70,7 +72,7 @@ def is_key(atom: Atom, container: Atom, reader: Reader) -> bool | None:
 
 def attribute(atom: Atom, name: str, at: Expressions, node: ast.AST) -> Value:
     """What `atom.name` may give."""
-    if isinstance(atom, Foreign):
+    if isinstance(atom, Foreign) or atom is CODE:
         return frozenset({atom})
     if isinstance(atom, TensorOf) and name in ("device", "dtype"):
         at.reader.ask(atom.owner.value, at.at(node))
@@ -163,6 +165,8 @@ def _item_of(atom: Atom, at: Expressions, node: ast.AST) -> Value:
         return joined(UNKNOWN, *atom.items)
     if isinstance(atom, Many):
         return atom.item
+    if atom is CODE:
+        return DEFERRED
     if isinstance(atom, Known):
         found = items_of(atom.value)
         if found is not None:
@@ -186,6 +190,8 @@ def item(atom: Atom, index: Value, at: Expressions, node: ast.AST) -> Value:
         return joined(UNKNOWN, *atom.items)
     if isinstance(atom, Many):
         return atom.item
+    if atom is CODE:
+        return DEFERRED
     if isinstance(atom, Known):
         obj = atom.value
         if isinstance(obj, torch.Tensor):

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import nn
 
-from .held import is_library, reached
+from .held import is_installed, is_library, reached
 from .values import (
     PLAIN,
     Atom,
@@ -88,6 +88,8 @@ class Reader:
         self.conditions: list[str] = []
         self.functions: list[Entered] = []
         self.is_recursive = False
+        # Whether a function is put somewhere, from where code of somebody else might take it.
+        self.puts_code = False
         self.clock = 0
         self._steps = 0
         self._kept: dict[Any, Any] = {} if before is None else before._kept
@@ -171,8 +173,8 @@ class Reader:
                     self.handed.setdefault(id(each), self._under(where))
 
     def is_foreign(self, package: str) -> bool:
-        """Whether a library is one that none of the model's modules come with."""
-        return package not in self._packages and bool(package) and not is_library(package)
+        """Whether a library is an installed one that none of the model's modules come with."""
+        return package not in self._packages and is_installed(package) and not is_library(package)
 
     @functools.cached_property
     def _packages(self) -> set[str]:

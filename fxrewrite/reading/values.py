@@ -108,12 +108,14 @@ class _Single:
         return self._name
 
 
-ANYTHING, UNBOUND = _Single("ANYTHING"), _Single("UNBOUND")
+ANYTHING, UNBOUND, CODE = _Single("ANYTHING"), _Single("UNBOUND"), _Single("CODE")
 Atom: TypeAlias = "Known | Output | Items | Many | TensorOf | Keywords | Foreign | _Single"
 Value: TypeAlias = "frozenset[Atom]"
 Env: TypeAlias = "dict[str, Value]"
 
 UNKNOWN: Value = frozenset({ANYTHING})
+# A function or generator that is made in a forward.
+DEFERRED: Value = frozenset({CODE})
 
 
 @attrs.define(eq=False)
@@ -217,6 +219,23 @@ def is_container(obj: Any) -> bool:
         getattr(kind, name, None) is getattr(bases[0], name, None)
         for name in ("__iter__", "__getitem__", "__len__", "keys", "values", "items")
     )
+
+
+def holds_code(value: Value) -> bool:
+    """Whether a function may be, or be in, what is made of a value."""
+    return any(map(_is_code, value))
+
+
+def _is_code(atom: Atom) -> bool:
+    if isinstance(atom, Items):
+        return any(map(holds_code, atom.items))
+    if isinstance(atom, Keywords):
+        return any(holds_code(each) for _, each in atom.items)
+    if isinstance(atom, Many):
+        return holds_code(atom.item)
+    if isinstance(atom, Known):
+        return callable(atom.value) and not isinstance(atom.value, nn.Module | type)
+    return atom is CODE
 
 
 def names_of(mapping: Mapping[str, Value], made: object) -> Value:
