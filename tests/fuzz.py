@@ -12,6 +12,7 @@ import torch
 from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrizations, weight_norm
 
 from fxrewrite.testing import Case, graph_module, random_tensor, randomise, written
@@ -391,9 +392,24 @@ class Block:
         return made
 
 
+_WRAPPED = set(_symbolic_trace._wrapped_fns_to_patch)
+
+
+def forget_wraps() -> None:
+    """Let go of what earlier models wrapped.
+
+    FX keeps that of each graph for ever, and goes through all of it at each trace, so that a long
+    run would take several times as long.
+    """
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+    for key in [key for key in wrapped if key not in _WRAPPED]:
+        del wrapped[key]
+
+
 @st.composite
 def cases(draw: Any) -> Case:
     """A model of blocks in blocks, as a class or as a GraphModule, with arguments that fit."""
+    forget_wraps()
     pool = draw(pools())
     for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
         inputs = draw(st.sampled_from([["x"], ["x"], ["x", "y"]]))
