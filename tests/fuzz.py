@@ -392,18 +392,15 @@ class Block:
         return made
 
 
-_WRAPPED = set(_symbolic_trace._wrapped_fns_to_patch)
-
-
 def forget_wraps() -> None:
-    """Let go of what earlier models wrapped.
+    """Let go of what the graphs of earlier models wrapped.
 
-    FX keeps that of each graph for ever, and goes through all of it at each trace, so that a long
-    run would take several times as long.
+    FX keeps that for ever, and goes through all of it at each trace, so that a long run would take
+    several times as long.
     """
     wrapped = _symbolic_trace._wrapped_fns_to_patch
-    for key in [key for key in wrapped if key not in _WRAPPED]:
-        del wrapped[key]
+    for key in [key for key, names in wrapped.items() if "__name__" not in names]:
+        del wrapped[key]  # of a graph's code, which is no module
 
 
 @st.composite
