@@ -214,10 +214,13 @@ def test_ctrl_c_leaves_a_usable_file_and_no_process(folder: Path) -> None:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Tests that a shell runs in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=press)
     thread.start()
     code, rows = sweep(folder, "net", "hangs", "raises")
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert code == 130
     assert rows.keys() == {"net"}
     with pytest.raises(ProcessLookupError):
