@@ -20,7 +20,7 @@ from .reading.flows import Flows
 from .replaying import Script
 from .report import Report
 from .result import graph_module
-from .ruleset import RuleSet
+from .ruleset import RuleSet, leaf_types, wanted_types
 from .tracing.optional import attempt_as_graph
 from .tracing.partial import Parts
 from .tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
@@ -42,8 +42,7 @@ class Rewriter:
     def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
         """The rewritten model and the report; what is asked and done is in the script."""
         rules = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
-        named = tuple(kind for rule in rules for kind in rule.pattern.module_types)
-        leaves = (*named, *checked_leaves(self.leaf_modules))
+        leaves = (*leaf_types(rules), *checked_leaves(self.leaf_modules))
         if isinstance(model, ExportedProgram):
             return self._program(model, script)
         start = attempt_as_graph if self.into == "graph" else attempt
@@ -54,8 +53,7 @@ class Rewriter:
             whole.check(model)
         if into == "modules":
             whole = whole.unchecked()
-        anchors = (rule.pattern.anchor_step for rule in rules)
-        wanted = named if all(step.modules for step in anchors) else (nn.Module,)
+        wanted = wanted_types(rules)
         parts = Parts(model, whole, wanted, leaves, self.tracer, in_leaves=into == "modules")
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
@@ -77,8 +75,8 @@ class Rewriter:
                 if example_inputs is not None:
                     witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
                     _record_shapes_of_parts(parts, views, witness)
-                if parts.unseen:
-                    graph, remarks = flows.outline(parts.unseen)
+                if unseen := parts.unseen():
+                    graph, remarks = flows.outline(unseen)
                     views.append(GraphView(model, graph, {}, modules))
                     views[-1].remarks.update(remarks)
                 trees = {view: IntoModules(view, flows, witness) for view in views}

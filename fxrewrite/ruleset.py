@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import attrs
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .actions import Action
@@ -178,6 +178,20 @@ class RuleSet:
 
         made, report = rewrite(graph_module, self)
         return PassResult(made, True) if report.applied else PassResult(graph_module, False)
+
+
+def leaf_types(rules: Iterable[Rule[Any]]) -> tuple[type[nn.Module], ...]:
+    """The module types that rules name, whose modules are one node of a graph each."""
+    return tuple(kind for rule in rules for kind in rule.pattern.module_types)
+
+
+def wanted_types(rules: Sequence[Rule[Any]]) -> tuple[type[nn.Module], ...]:
+    """The types of which a part of a model holds one, if rules have to do with it.
+
+    That is any type, where a rule looks for a function first.
+    """
+    anchors = (rule.pattern.anchor_step for rule in rules)
+    return leaf_types(rules) if all(step.modules for step in anchors) else (nn.Module,)
 
 
 def apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:

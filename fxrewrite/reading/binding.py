@@ -110,7 +110,6 @@ def bound(function: types.FunctionType, given: Arguments) -> Env | None:
         items = Items(rest) if given.exact else Many(joined(any_other, *rest))
         found[more.pop(0)] = frozenset({items})
     if takes_names:
-        made = names_of(further, code)
-        named = joined(any_other, *further.values()) if given.others else made
-        found[more.pop(0)] = named
+        every = joined(any_other, *further.values())
+        found[more.pop(0)] = names_of(further, code) if given.exact else every
     return found

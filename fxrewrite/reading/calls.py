@@ -32,8 +32,9 @@ from .values import (
     Known,
     Output,
     Value,
+    atoms_of,
     constants,
-    holds_code,
+    hold_code,
     joined,
     known,
 )
@@ -92,26 +93,23 @@ def opaque(
     """The value of a call that is not read: it may do anything with what it can get at."""
     where = where or at.at(node)
     package = package or (getattr(function, "__module__", None) or "").partition(".")[0]
-    atoms = [atom for value in given.values for atom in value]
     comes_alone = at.reader.is_foreign(package) and not getattr(function, "__closure__", None)
-    trusted = comes_alone and all(map(_brings_no_code, atoms))
-    for atom in atoms:
+    trusted = comes_alone and all(map(_leads_nowhere, atoms_of(given.values)))
+    for atom in itertools.chain(*given.values):
         if trusted and isinstance(atom, Known) and isinstance(atom.value, nn.Module):
             at.reader.hand(atom.value, where)
         else:
             at.reader.consume(frozenset({atom}), where)
     if function is not None:
         at.reader.escape(function, where)
-    return UNKNOWN | DEFERRED if any(map(holds_code, given.values)) else UNKNOWN
+    return UNKNOWN | DEFERRED if hold_code(given.values) else UNKNOWN
 
 
-def _brings_no_code(atom: Atom) -> bool:
-    """Whether nothing is given with it that could reach into a module by the model's own code."""
-    if isinstance(atom, Items):
-        return all(map(_brings_no_code, itertools.chain(*atom.items)))
+def _leads_nowhere(atom: Atom) -> bool:
+    """Whether it brings no code of the model's own that could reach into a module."""
     if isinstance(atom, Known):
         return atom.is_plain or isinstance(atom.value, nn.Module | torch.Tensor)
-    return isinstance(atom, Output) or atom is ANYTHING
+    return isinstance(atom, Output | Items) or atom is ANYTHING
 
 
 def _constructor(cls: type, given: Arguments, at: Expressions, node: ast.AST) -> Value:

@@ -27,7 +27,7 @@ from .values import (
     Output,
     Value,
     constants,
-    holds_code,
+    hold_code,
     is_plain,
     joined,
     joined_envs,
@@ -121,7 +121,7 @@ class Expressions:
         found = [self.value(e) for e in ast.iter_child_nodes(node) if isinstance(e, ast.expr)]
         for each in found:
             self.reader.consume(each, self.at(node))
-        return UNKNOWN | DEFERRED if any(map(holds_code, found)) else UNKNOWN
+        return UNKNOWN | DEFERRED if hold_code(found) else UNKNOWN
 
     def _constant(self, node: ast.Constant) -> Value:
         return known(node.value)

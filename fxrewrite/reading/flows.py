@@ -27,6 +27,26 @@ _NOWHERE = ast.Pass()
 _MOST_READINGS = 20
 
 
+class _Asked:
+    """A module of whose tensors the type or device is asked for, and where."""
+
+    def __init__(self, owner: nn.Module, where: str) -> None:
+        self.owner, self.where = owner, where
+        self.inside = {id(each): each for each in owner.modules()}
+        self.kinds = _kinds(owner)
+
+    def has_tensors(self, after: Mapping[int, nn.Module], gone: Collection[int]) -> bool:
+        """Whether any is left once modules have become others."""
+        for key, module in self.inside.items():
+            if key in after:
+                found = next(after[key].parameters(), None)
+            else:
+                found = None if key in gone else next(module.parameters(recurse=False), None)
+            if found is not None:
+                return True
+        return False
+
+
 class Flows:
     """Who calls the modules of a model on what, on every way that the model's forward may go.
 
@@ -119,25 +139,20 @@ class Flows:
         """Why the tensors of some module would be of another type or device than is asked for."""
         after = {id(module): new for module, new in changed.items()}
         new = {kind for each in after.values() for kind in _kinds(each)}
-        for owner, inside, where in self._asking:
-            if not inside.keys().isdisjoint(after):
-                kept = (e for key, e in inside.items() if key not in gone and key not in after)
-                left = [each.parameters(recurse=False) for each in kept]
-                left += [each.parameters() for key, each in after.items() if key in inside]
-                has_tensors = any(next(each, None) is not None for each in left)
-                before = _kinds(owner)
-                if len(before) > 1 or not new <= before or not has_tensors:
-                    name = self._name(owner) or type(owner).__name__
-                    return f"the type or device of tensors of {name} may be asked for, by {where}"
+        for asked in self._asked_of:
+            if not asked.inside.keys().isdisjoint(after):
+                has_tensors = asked.has_tensors(after, gone)
+                if len(asked.kinds) > 1 or not new <= asked.kinds or not has_tensors:
+                    name = self._name(asked.owner) or type(asked.owner).__name__
+                    return (
+                        f"the type or device of tensors of {name} may be asked for, by "
+                        f"{asked.where}"
+                    )
         return None
 
     @functools.cached_property
-    def _asking(self) -> list[tuple[nn.Module, dict[int, nn.Module], str]]:
-        """Of whose tensors the type or device is asked for, what is inside of it, and where."""
-        return [
-            (owner, {id(each): each for each in owner.modules()}, where)
-            for owner, where in self._reader.asked.values()
-        ]
+    def _asked_of(self) -> list[_Asked]:
+        return [_Asked(owner, where) for owner, where in self._reader.asked.values()]
 
     def _parted(
         self, first: nn.Module, second: nn.Module, gone: Collection[int], *, late: bool

@@ -129,7 +129,7 @@ def _of_class(obj: Any, name: str, at: Expressions, node: ast.AST) -> Value:
         return known(found if isinstance(obj, type) else types.MethodType(found, obj))
     if isinstance(found, property) and isinstance(found.fget, types.FunctionType):
         return at.inline(types.MethodType(found.fget, obj), node)
-    if found is not MISSING and (isinstance(found, type) or not hasattr(type(found), "__get__")):
+    if found is not MISSING and not hasattr(type(found), "__get__"):
         changing = at.reader.is_changing(obj, name) or at.reader.is_changing(cls, name)
         return known(found) | UNKNOWN if changing else known(found)
     if found is MISSING and isinstance(obj, nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from .values import (
     Output,
     TensorOf,
     Value,
+    atoms_of,
     is_container,
     known,
 )
@@ -220,8 +220,7 @@ class Reader:
 
     def recurs(self, entry: Entered) -> bool:
         """Whether a function calls itself on what it was called on, which says nothing new."""
-        given = (atom for value in entry.env.values() for atom in value)
-        if not all(map(_is_bare, given)):
+        if any(isinstance(atom, Output) for atom in atoms_of(entry.env.values())):
             return False
         for each in self.functions:
             if each.is_of(entry) and each.env == entry.env and each.guards == entry.guards:
@@ -254,12 +253,3 @@ class Reader:
 
     def _under(self, where: str) -> str:
         return f"{where}, under `{self.conditions[-1]}`" if self.conditions else where
-
-
-def _is_bare(atom: Atom) -> bool:
-    """Whether nothing in a value was made by a call."""
-    if isinstance(atom, Items):
-        return all(map(_is_bare, itertools.chain(*atom.items)))
-    if isinstance(atom, Keywords):
-        return all(_is_bare(each) for _, value in atom.items for each in value)
-    return all(map(_is_bare, atom.item)) if isinstance(atom, Many) else not isinstance(atom, Output)

@@ -12,7 +12,7 @@ from . import objects
 from .loops import Loops
 from .reader import Reader, UnreadableError
 from .sources import Source, captured, parameters
-from .values import UNKNOWN, Env, Foreign, Known, Value, constants, holds_code, joined, joined_envs
+from .values import UNKNOWN, Env, Foreign, Known, Value, constants, hold_code, joined, joined_envs
 
 
 class Frame(Loops):
@@ -68,7 +68,7 @@ class Frame(Loops):
             self.store(target.value, UNKNOWN)
         elif isinstance(target, ast.Attribute | ast.Subscript):
             self.reader.consume(value, self.at(target))
-            self.reader.puts_code |= holds_code(value)
+            self.reader.puts_code |= hold_code([value])
             name = target.attr if isinstance(target, ast.Attribute) else None
             if isinstance(target, ast.Subscript):
                 self.used(target.slice)

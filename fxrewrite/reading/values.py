@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import attrs
@@ -221,18 +222,24 @@ def is_container(obj: Any) -> bool:
     )
 
 
-def holds_code(value: Value) -> bool:
-    """Whether a function may be, or be in, what is made of a value."""
-    return any(map(_is_code, value))
+def atoms_of(values: Iterable[Value]) -> Iterator[Atom]:
+    """All atoms of some values, those inside of others too."""
+    for atom in itertools.chain(*values):
+        yield atom
+        if isinstance(atom, Items):
+            yield from atoms_of(atom.items)
+        elif isinstance(atom, Keywords):
+            yield from atoms_of(each for _, each in atom.items)
+        elif isinstance(atom, Many):
+            yield from atoms_of([atom.item])
+
+
+def hold_code(values: Iterable[Value]) -> bool:
+    """Whether a function may be, or be in, what is made of these values."""
+    return any(map(_is_code, atoms_of(values)))
 
 
 def _is_code(atom: Atom) -> bool:
-    if isinstance(atom, Items):
-        return any(map(holds_code, atom.items))
-    if isinstance(atom, Keywords):
-        return any(holds_code(each) for _, each in atom.items)
-    if isinstance(atom, Many):
-        return holds_code(atom.item)
     if isinstance(atom, Known):
         return callable(atom.value) and not isinstance(atom.value, nn.Module | type)
     return atom is CODE

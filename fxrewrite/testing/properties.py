@@ -19,7 +19,7 @@ from fxrewrite.errors import FxRewriteError, TraceError
 from fxrewrite.matching import accepts
 from fxrewrite.registry import Rules, resolve
 from fxrewrite.report import Finding, Report
-from fxrewrite.ruleset import Rule
+from fxrewrite.ruleset import Rule, leaf_types, wanted_types
 from fxrewrite.sites import name_of
 from fxrewrite.steps import Pattern
 from fxrewrite.tracing.partial import Parts
@@ -162,10 +162,9 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
 
 def _views(rules: Sequence[Rule[Any]], model: nn.Module, into: str) -> list[GraphView]:
     """The graphs that the rules were asked about: of the model, or of its parts."""
-    leaves = tuple(kind for rule in rules for kind in rule.pattern.module_types)
-    wanted = leaves if all(r.pattern.anchor_step.modules for r in rules) else (nn.Module,)
+    leaves = leaf_types(rules)
     whole = attempt(model, leaves)
-    found = Parts(model, whole, wanted, leaves, in_leaves=into == "modules").parts
+    found = Parts(model, whole, wanted_types(rules), leaves, in_leaves=into == "modules").parts
     return [GraphView(model, each.graph, each.constants, part=each.name) for each in found]
 
 

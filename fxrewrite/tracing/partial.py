@@ -71,7 +71,6 @@ class Parts:
         """The qualified names of parts that are not the model itself."""
         return [part.name for part in self.parts if part.name]
 
-    @property
     def unseen(self) -> list[nn.Module]:
         """The modules that code which can't be traced calls itself, if any of them is wanted."""
         called = {
