@@ -5,10 +5,9 @@ A rule is a small pure function from a match to a replacement. The engine finds 
 it was.
 """
 
-from .actions import Action, Bypass, Replace, Revise, Split
 from .api import fuse, localise, plan, rewrite
-from .compiling import backend, inductor_pass
-from .declare import call, chain, pattern, pattern_of, siblings
+from .checkpoint.load import load
+from .engine.report import Finding
 from .errors import (
     ExpectationError,
     FxRewriteError,
@@ -22,26 +21,29 @@ from .errors import (
     UnknownRuleSetError,
     VerificationError,
 )
-from .family import Family
-from .guards import Missed, known_rank, known_shape
-from .modules import (
+from .explain.report import Report
+from .integrations.dynamo_backend import backend, inductor_pass
+from .module_utils.evolve import evolve
+from .module_utils.family import Family
+from .module_utils.tree import (
     _parent_name,
     delete_submodule,
-    evolve,
     fresh_name,
     get_submodule,
     replace_node_module,
     set_submodule,
 )
-from .proof.comparing import TensorCheck
-from .proof.inputs import random_inputs
-from .proof.localising import Guilty, Localisation
-from .proof.verifying import Verification, verify
-from .registry import get_rule_set, register, rule_set_names
-from .report import Finding, Report
-from .restoring import load
-from .ruleset import Guard, Rule, RuleSet, rule
-from .steps import Call, Pattern, Siblings, Step, Value
+from .rules.actions import Action, Bypass, Replace, Revise, Split
+from .rules.declare import call, chain, pattern, pattern_of, siblings
+from .rules.guards import Missed, known_rank, known_shape
+from .rules.registry import get_rule_set, register, rule_set_names
+from .rules.rules import Guard, Rule, RuleSet, rule
+from .rules.spec import Pattern, Step
+from .rules.values import Call, Siblings, Value
+from .verification.bisect import Guilty, Localisation
+from .verification.compare import TensorCheck
+from .verification.inputs import random_inputs
+from .verification.verify import Verification, verify
 
 __all__ = [
     "Action",

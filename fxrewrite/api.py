@@ -8,15 +8,15 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .engine.replaying import Script
 from .errors import InputError
-from .proof.localising import Localisation, Rewrite, check_rewrite, localised
-from .proof.verifying import Progress
-from .registry import Rules, resolve
-from .replaying import Script
-from .report import Report
-from .rewriting import Into, Rewriter
-from .ruleset import apart
+from .explain.report import Report
+from .pipeline.rewriting import Into, Rewriter
+from .rules.registry import Rules, resolve
+from .rules.rules import apart
 from .tracing.tracer import LeafModules
+from .verification.bisect import Localisation, Rewrite, check_rewrite, localised
+from .verification.verify import Progress
 
 
 def rewrite(

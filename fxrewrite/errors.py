@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .proof.localising import Localisation
+    from .verification.bisect import Localisation
 
 
 class FxRewriteError(Exception):

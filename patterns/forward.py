@@ -8,12 +8,7 @@ from torch import nn
 import fxrewrite as fxr
 
 from . import constants, norms
-from .affine import (
-    Layer,
-    out_channels,
-    scaled_and_shifted,
-    spatial_rank,
-)
+from .affine import Layer, out_channels, scaled_and_shifted, spatial_rank
 from .norms import Norm
 from .spellings import FLATTEN, PERMUTE, RESHAPE, Idle
 

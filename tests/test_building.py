@@ -15,7 +15,7 @@ from fxrewrite.cli.loading import build_model
 from fxrewrite.cli.randomising import random_input, randomise_batch_norms
 from fxrewrite.cli.timing import time_in_turns
 from fxrewrite.errors import LoadError
-from fxrewrite.proof.running import run
+from fxrewrite.module_utils.running import run
 
 
 def test_a_model_instance_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fxrewrite import registry
 from fxrewrite.cli import main
 from fxrewrite.cli.randomising import randomise_batch_norms
+from fxrewrite.rules import registry
 
 MODELS = """
 import sys

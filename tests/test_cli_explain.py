@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fxrewrite import registry
 from fxrewrite.cli import main
+from fxrewrite.rules import registry
 
 MODELS = """
 import torch

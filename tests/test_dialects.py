@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.dialects.meanings import Transposed
-from fxrewrite.dialects.spellings import SPELLINGS, Spelling
+from fxrewrite.dialects.op_table import SPELLINGS, Spelling
+from fxrewrite.dialects.semantics import Transposed
 
 CONV_OF: dict[Any, Any] = {
     nn.Conv1d: F.conv1d,

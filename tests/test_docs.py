@@ -21,7 +21,8 @@ import torch
 from torch.utils import benchmark
 
 import fxrewrite
-from fxrewrite import patterns, registry
+from fxrewrite import patterns
+from fxrewrite.rules import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

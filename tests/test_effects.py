@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite.effects import Effects, is_fresh, written_by
-from fxrewrite.view import GraphView
+from fxrewrite.ir.aliases import Effects, is_fresh, written_by
+from fxrewrite.ir.graph_view import GraphView
 
 
 class Model(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 import fxrewrite as fxr
-from fxrewrite.copying import NotCopiedError
+from fxrewrite.targets.module_copy import NotCopiedError
 from fxrewrite.testing import Case, check_model
 
 # The long profile, by hand: pytest --hypothesis-profile=long --hypothesis-seed=1 tests/test_fuzz.py

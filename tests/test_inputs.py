@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite.proof.nested import mapped
-from fxrewrite.proof.running import run
+from fxrewrite.module_utils.nested import mapped
+from fxrewrite.module_utils.running import run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations
 
 import fxrewrite as fxr
-from fxrewrite.copying import NotCopiedError, copied
+from fxrewrite.targets.module_copy import NotCopiedError, copied
 
 Case = tuple[nn.Module, torch.Tensor]
 

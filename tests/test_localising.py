@@ -17,10 +17,10 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.proof.localising import Rewrite
-from fxrewrite.replaying import Replay, Script
-from fxrewrite.rewriting import Rewriter
-from fxrewrite.ruleset import apart
+from fxrewrite.engine.replaying import Replay, Script
+from fxrewrite.pipeline.rewriting import Rewriter
+from fxrewrite.rules.rules import apart
+from fxrewrite.verification.bisect import Rewrite
 
 
 def chain(count: int) -> nn.Sequential:

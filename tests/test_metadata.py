@@ -17,8 +17,8 @@ from torch.export import Dim, export
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.metadata import KEEPING_CALLS, KEEPING_MODULES, asks, may_change
-from fxrewrite.view import GraphView
+from fxrewrite.ir.graph_view import GraphView
+from fxrewrite.ir.tensor_metadata import KEEPING_CALLS, KEEPING_MODULES, asks, may_change
 
 fx.wrap("len")
 fx.wrap("height")

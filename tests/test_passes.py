@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.passes import InductorPass
+from fxrewrite.integrations.inductor_pass import InductorPass
 
 X = nets.random_input((2, 4, 5, 5))
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxrewrite as fxr
-from fxrewrite import registry
+from fxrewrite.rules import registry
 
 
 @fxr.pattern

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.expecting import Expectation
+from fxrewrite.tracing.guard_modules import Expectation
 
 X = nets.random_input((2, 4, 5, 5))
 M = nets.random_input((2, 4, 5, 5), seed=1)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import fxrewrite as fxr
 from fxrewrite import InputError, verify
 from fxrewrite.cli.timing import time_in_turns
-from fxrewrite.proof.running import run
+from fxrewrite.module_utils.running import run
 
 
 class _Gives(nn.Module):

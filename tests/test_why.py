@@ -240,7 +240,7 @@ def test_a_function_that_no_rule_is_about_is_known_by_its_node() -> None:
 
 def test_words_are_made_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewrite with nothing but misses describes no node; the report does, when it is read."""
-    from fxrewrite.sites import Seen
+    from fxrewrite.ir.describe import Seen
 
     described: list[Any] = []
     in_words = Seen.__str__

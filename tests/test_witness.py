@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.reading import flows
+from fxrewrite.targets.reading import flows
 
 
 def branch(m: Any, x: torch.Tensor) -> torch.Tensor:

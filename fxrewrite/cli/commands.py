@@ -17,13 +17,13 @@ from rich.text import Text
 from torch import nn
 
 from ..api import localise, rewrite
+from ..cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from ..errors import FxRewriteError, TraceError, UnknownRuleSetError
-from ..proof.running import SEED, run_original, short
-from ..proof.verifying import verify
-from ..registry import get_rule_set, rule_set_names
-from ..report import Report
-from ..ruleset import RuleSet
-from . import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
+from ..explain.report import Report
+from ..module_utils.running import SEED, run_original, short
+from ..rules.registry import get_rule_set, rule_set_names
+from ..rules.rules import RuleSet
+from ..verification.verify import verify
 from .explain import explain_command
 from .loading import build_model, load_weights
 from .options import DEFAULT_RULES, Json, Model, RuleNames, make_console, progress_bar, rule_sets_of

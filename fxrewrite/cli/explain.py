@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..api import plan
-from . import DONE
+from ..cli import DONE
 from .loading import build_model
 from .options import DEFAULT_RULES, Json, Model, RuleNames, make_console, rule_sets_of
 from .randomising import random_input

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.load import read_state
 from ..errors import LoadError
-from ..modules import fresh_name
-from ..proof.running import SEED
-from ..restoring import read_state
+from ..module_utils.running import SEED
+from ..module_utils.tree import fresh_name
 
 
 def build_model(spec: str) -> nn.Module:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
-from ..proof.verifying import Progress
-from ..registry import get_rule_set
-from ..ruleset import RuleSet
+from ..rules.registry import get_rule_set
+from ..rules.rules import RuleSet
+from ..verification.verify import Progress
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="package.module:callable or file.py:callable.")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LoadError
-from ..proof.running import SEED, called, cloned
+from ..module_utils.running import SEED, called, cloned
 
 _ABOUT_ZERO = 1e-3
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from ..registry import get_rule_set
-from . import DONE, ENDED, NOT_TRACEABLE, OUTPUTS_DIFFER
+from ..cli import DONE, ENDED, NOT_TRACEABLE, OUTPUTS_DIFFER
+from ..rules.registry import get_rule_set
 from .options import DEFAULT_RULES, RuleNames
 from .sweep_models import subjects
 from .sweep_one import Settings

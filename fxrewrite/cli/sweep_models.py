@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import FxRewriteError, LoadError
-from ..proof.running import SEED
+from ..module_utils.running import SEED
 from .loading import build_model
 from .randomising import random_input
 

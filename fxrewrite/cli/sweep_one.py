@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..api import rewrite
 from ..errors import InputError, LoadError, TraceError
-from ..proof.nested import mapped
-from ..proof.running import run, short, widened
-from ..proof.verifying import Verification, verify
-from ..registry import get_rule_set
-from ..rewriting import Into
-from ..ruleset import RuleSet
+from ..module_utils.nested import mapped
+from ..module_utils.running import run, short, widened
+from ..pipeline.rewriting import Into
+from ..rules.registry import get_rule_set
+from ..rules.rules import RuleSet
+from ..verification.verify import Verification, verify
 from .randomising import randomise_batch_norms, randomise_constants
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted

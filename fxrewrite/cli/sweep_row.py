@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from ..errors import FxRewriteError
-from ..report import Report
+from ..explain.report import Report
 
 Outcome = Literal[
     "same", "differs", "left alone", "not traceable", "raised", "crashed", "timeout", "memory"

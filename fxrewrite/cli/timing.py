@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import nn
 
-from ..proof.nested import flatten
-from ..proof.running import arguments_of, cloned, run
+from ..module_utils.nested import flatten
+from ..module_utils.running import arguments_of, cloned, run
 
 
 @attrs.frozen

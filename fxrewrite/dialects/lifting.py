@@ -15,13 +15,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..modules import _parent_name
-from ..ruleset import Rule
-from ..sites import describe
-from ..steps import Pattern, Step
-from ..view import GraphView
-from .meanings import Transposed, output_rank
-from .spellings import SPELLINGS, Spelling
+from ..ir.describe import describe
+from ..ir.graph_view import GraphView
+from ..module_utils.tree import _parent_name
+from ..rules.rules import Rule
+from ..rules.spec import Pattern, Step
+from .op_table import SPELLINGS, Spelling
+from .semantics import Transposed, output_rank
 
 TRANSPOSES: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.permute.default: ([1, 0],),

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..edits import PROVENANCE
-from ..modules import _parent_name
-from ..renewing import renew
-from ..soundness import has_hooks
-from ..view import GraphView
+from ..ir.describe import PROVENANCE
+from ..ir.fake_values import renew
+from ..ir.graph_view import GraphView
+from ..module_utils.hooks import has_hooks
+from ..module_utils.tree import _parent_name
 from .lifting import TRANSPOSES, Lifted, Lifting
-from .meanings import Transposed
-from .spellings import SPELLINGS, Spelling
+from .op_table import SPELLINGS, Spelling
+from .semantics import Transposed
 
 
 def lower(view: GraphView, lifting: Lifting) -> dict[str, str]:

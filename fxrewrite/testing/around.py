@@ -10,8 +10,8 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxrewrite.declare import pattern_of
-from fxrewrite.steps import Pattern, Step
+from fxrewrite.rules.declare import pattern_of
+from fxrewrite.rules.spec import Pattern, Step
 
 from .drafts import REFUSALS, Draft, Placed, join, place
 from .layers import ANY_RANK, kinds_of, maker_of, ranks_of

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import FailedHealthCheck, Unsatisfiable
 from torch import nn
 
-from fxrewrite.registry import Rules
-from fxrewrite.report import Report
+from fxrewrite.explain.report import Report
+from fxrewrite.rules.registry import Rules
 
 from .around import models_around
 from .drafts import REFUSALS

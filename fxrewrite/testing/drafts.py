@@ -12,8 +12,8 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import nn
 
-from fxrewrite.arguments import _signatures
-from fxrewrite.steps import Step
+from fxrewrite.ir.arguments import _signatures
+from fxrewrite.rules.spec import Step
 
 from .layers import Shape, kinds_of, maker_of, modules, ranks_of
 from .tensors import random_tensor

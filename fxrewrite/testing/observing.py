@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxrewrite.snapshot import Snapshot
+from fxrewrite.module_utils.state import Snapshot
 
 
 class Record:

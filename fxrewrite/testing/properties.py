@@ -12,19 +12,20 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxrewrite.api import plan, rewrite
-from fxrewrite.copying import NotCopiedError
 from fxrewrite.dialects.lifting import any_is
-from fxrewrite.dialects.spellings import SPELLINGS
+from fxrewrite.dialects.op_table import SPELLINGS
+from fxrewrite.engine.matcher import accepts
+from fxrewrite.engine.report import Finding
 from fxrewrite.errors import FxRewriteError, TraceError
-from fxrewrite.matching import accepts
-from fxrewrite.registry import Rules, resolve
-from fxrewrite.report import Finding, Report
-from fxrewrite.ruleset import Rule, leaf_types, wanted_types
-from fxrewrite.sites import name_of
-from fxrewrite.steps import Pattern
-from fxrewrite.tracing.partial import Parts
+from fxrewrite.explain.report import Report
+from fxrewrite.ir.describe import name_of
+from fxrewrite.ir.graph_view import GraphView
+from fxrewrite.rules.registry import Rules, resolve
+from fxrewrite.rules.rules import Rule, leaf_types, wanted_types
+from fxrewrite.rules.spec import Pattern
+from fxrewrite.targets.module_copy import NotCopiedError
+from fxrewrite.tracing.parts import Parts
 from fxrewrite.tracing.tracer import attempt
-from fxrewrite.view import GraphView
 
 from .observing import Record, Run, bits, difference, relative_error, run
 from .written import Case, code_of

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxrewrite.steps import Step
+from fxrewrite.rules.spec import Step
 
 from .drafts import Draft, Placed, place
 

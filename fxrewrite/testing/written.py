@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxrewrite.soundness import has_hooks
+from fxrewrite.module_utils.hooks import has_hooks
 
 _count = itertools.count()
 _NAMESPACE = {"torch": torch, "nn": nn, "F": F, "operator": operator}

@@ -11,8 +11,8 @@ from typing import Any
 import attrs
 from torch import fx
 
-from .asking import Question, questions
 from .forward_code import is_of_a_forward
+from .questions import Question, questions
 
 
 @attrs.frozen(eq=False)

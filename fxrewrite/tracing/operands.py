@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .asking import Instruction
+from .questions import Instruction
 
 _OPAQUE = (nn.Module, FunctionType, ModuleType, type)
 _DEPTH = 4

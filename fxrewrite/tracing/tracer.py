@@ -12,15 +12,15 @@ import torch
 from torch import fx, nn
 
 from ..errors import TraceError
-from ..modules import _parent_name
-from ..snapshot import ModelState
-from ..soundness import has_hooks
-from .assumption import Assumption
-from .explaining import Stop, stop
+from ..module_utils.hooks import has_hooks
+from ..module_utils.state import ModelState
+from ..module_utils.tree import _parent_name
+from .assumptions import Assumption
+from .error_recovery import tolerant
+from .guards import Watch
 from .proxies import Proxy
-from .specialising import Watch
-from .tolerance import tolerant
-from .watching import watched
+from .stops import Stop, stop
+from .thread_guard import watched
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 

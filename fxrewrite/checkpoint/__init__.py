@@ -1,0 +1,1 @@
+"""Rewritten models from files, without the original's weights."""

@@ -1,0 +1,99 @@
+"""The match that a rule is given, made of what was found in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir.graph_view import GraphView
+from ..module_utils.parametrization import without_parametrizations
+from ..rules.spec import Pattern
+from ..rules.values import Call, Siblings, Value
+from .match import Link, Site
+
+# The shape and type of a tensor that a run showed.
+Shown = tuple[torch.Size, torch.dtype]
+
+
+def capture(site: Site, view: GraphView) -> Any:
+    """The match that a rule is given: an instance of the pattern's class."""
+    return _instance(site.pattern, site.links, site.input, view, value_of)
+
+
+def capture_elsewhere(site: Site, view: GraphView, shown: Shown | None) -> Any:
+    """The match as it would be where the chain is called on such a tensor, or on who knows what."""
+
+    def value(node: fx.Node) -> Value:
+        if shown is None or node is not site.input:
+            return Value(node.name, node=node)
+        shape, dtype = shown
+        return Value(node.name, tuple(shape), dtype, len(shape), node)
+
+    return _instance(site.pattern, site.links, site.input, view, value)
+
+
+def _instance(
+    pattern: Pattern,
+    links: tuple[Link, ...],
+    start: fx.Node,
+    view: GraphView,
+    value_at: Callable[[fx.Node], Value],
+) -> Any:
+    fields: dict[str, Any] = {}
+    own = links[-1].branch
+    for branch in pattern.branches:
+        path = f"{own}{branch.name}."
+        inner = tuple(each for each in links if each.branch.startswith(path))
+        if inner:
+            fields[branch.name] = _instance(branch.pattern, inner, start, view, value_at)
+    trunk = [each for each in links if each.branch == own]
+    for link in trunk:
+        value = _captured(link, view, value_at)
+        if link.step.repeats or link.step.siblings:
+            value = (*fields.get(link.step.name, ()), value)
+        fields[link.step.name] = value
+    if pattern.is_group:
+        fields[pattern.steps[0].name] = Siblings(fields[pattern.steps[0].name])
+    for name, index in pattern.values:
+        if index == 0:
+            fields[name] = value_at(start)
+            continue
+        following = {step.name for step in pattern.steps[index:]}
+        reads = (link.source for link in trunk if link.step.name in following)
+        fields[name] = value_at(next(reads, trunk[-1].node))
+    return pattern.cls(**fields)
+
+
+def _captured(link: Link, view: GraphView, value_at: Callable[[fx.Node], Value]) -> Any:
+    plain = None if link.module is None else without_parametrizations(link.module)
+    if not link.step.captures_call:
+        return plain
+    kwargs = {
+        name: fx.node.map_arg(value, lambda node: _resolved(node, view, value_at))
+        for name, value in view.arguments(link.node).items()
+        if name not in (link.takes if isinstance(link.takes, tuple) else (link.takes,))
+    }
+    function = link.node.target if plain is None else plain
+    return Call.captured(function, kwargs, link.takes, link.node)
+
+
+def _resolved(node: fx.Node, view: GraphView, value_at: Callable[[fx.Node], Value]) -> Any:
+    if view.is_constant(node):
+        value = view.constant(node)
+        if isinstance(value, torch.Tensor | nn.Module):
+            return value
+    return value_at(node)
+
+
+def value_of(node: fx.Node) -> Value:
+    """A node's value as a rule sees it."""
+    known = node.meta.get("val")
+    if not isinstance(known, torch.Tensor):
+        return Value(node.name, node=node)
+    # A size that only data decides is a symbol, and no guard can go by it.
+    is_known = all(isinstance(size, int) for size in known.shape)
+    shape = tuple(known.shape) if is_known else None
+    return Value(node.name, shape, known.dtype, len(known.shape), node)

@@ -1,0 +1,193 @@
+"""What must hold of a site before any rule may rewrite it; each check gives the reason it does not.
+
+This is the one place that knows of sharing, readers, hooks, modes and in-place writes. A rule's own
+guards say only what is special to the rule.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+
+from ..ir.aliases import Effects, is_fresh, written_by
+from ..ir.describe import describe
+from ..ir.graph_view import GraphView
+from ..ir.tensor_metadata import asks
+from ..module_utils.family import FamilyType
+from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
+from ..module_utils.subclassing import overridden
+from .match import Site
+
+
+def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
+    """Why this site must stay as it is, or None."""
+    if _any_global_hook():
+        return "a global module hook is registered, which a rewrite would bypass; remove it first"
+    return (
+        _other_reader(site, view)
+        or _extra_arguments(site, view)
+        or _module_refusal(site, effects, any_mode)
+        or _written_constant(site, view, effects)
+        or _hazard(site, view, effects)
+    )
+
+
+def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
+    """Why the chain's input may not be read as late as at this node, or None."""
+    for write in effects.writes_between(site.first, place):
+        if write not in site.nodes and touches(write, site.input, view, effects):
+            return f"{describe(write, view)} writes in place to what the chain reads"
+    return None
+
+
+def _other_reader(site: Site, view: GraphView) -> str | None:
+    """A value inside the chain has one reader, the next step; what it starts from may have more."""
+    nodes = site.nodes
+    for link in site.links[1:]:
+        for source in link.sources:
+            if len(source.users) > 1 and source is not site.input:
+                for user in source.users:
+                    may_move = not site.pattern.branches and asks(user, source, view)
+                    if user is not link.node and not may_move:
+                        return (
+                            f"the output of {describe(source, view)} is also read by "
+                            f"{describe(user, view)}, which needs it as it is"
+                        )
+    for link in site.links:
+        if any(value in nodes for value in link.side_inputs) or nodes.count(link.node) > 1:
+            reader = link.node if link.side_inputs else next(iter(link.node.users))
+            return f"{describe(reader, view)} reads the chain by more than one argument"
+    return None
+
+
+def _extra_arguments(site: Site, view: GraphView) -> str | None:
+    """A module step is called with the chain's value alone; its capture could not show more."""
+    for link in site.links:
+        if not link.step.captures_call and len(link.node.args) + len(link.node.kwargs) > 1:
+            extra = ", ".join(name for name in view.arguments(link.node) if name != link.takes)
+            return f"{describe(link.node, view)} is called with a further argument: {extra}"
+    return None
+
+
+def _module_refusal(site: Site, effects: Effects, any_mode: bool) -> str | None:
+    for link in site.links:
+        module = link.module
+        if module is None:
+            continue
+        inner = module.modules() if module._modules else (module,)
+        reasons = (_state_refusal(each, effects, any_mode) for each in inner)
+        kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
+        reason = next(filter(None, reasons), None) or _overridden(
+            kind, link.step.modules, FamilyType.additions
+        )
+        if reason is not None:
+            return f"{link.node.target} {reason}"
+    return None
+
+
+def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str | None:
+    if (hook := has_hooks(module, ignoring_norms=True)) is not None:
+        if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
+            return "is not initialised yet; run the model once, then rewrite it"
+        return f"carries {hook}, which a rewrite would bypass; remove it first"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the instance"
+    if module.training and not any_mode:
+        return "is in training mode, where its output is not a fixed function; call model.eval()"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TENSORS:
+            return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
+        if id(tensor) in effects.written_tensors:
+            return f"holds {name}, which the model writes to in its forward"
+        if id(tensor) in effects.held_inside:
+            return (
+                f"holds {name}, to which a module that is kept whole may write, for it holds it too"
+            )
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _overridden(
+    found: type[nn.Module], wanted: tuple[type[nn.Module], ...], additions: int
+) -> str | None:
+    """How a subclass of a step's type behaves differently, in words, or None."""
+    plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
+    bases = [_member(base, plain) for base in wanted if issubclass(plain, base)]
+    reasons = [_differs(plain, base) for base in bases if base is not None]
+    return None if None in reasons else reasons[0]
+
+
+def _member(base: Any, found: type[nn.Module]) -> Any:
+    """Whose behaviour a type must have: of a family, its nearest member's, which it may lack."""
+    return base.member(found) if isinstance(base, FamilyType) else base
+
+
+def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
+    if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
+        return None
+    name = overridden(found, base)
+    return name and f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
+
+
+def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | None:
+    """What a call step reads of the model's own tensors is a constant to the rule."""
+    if not effects.written_values:
+        return None
+    for link in site.links:
+        pending = [each for each in link.node.all_input_nodes if view.is_constant(each)]
+        while pending:
+            each = pending.pop()
+            is_tensor = each.op == "get_attr"
+            if each in effects.written_values or (
+                is_tensor and id(view.attribute(each)) in effects.written_tensors
+            ):
+                what = each.target if is_tensor else describe(each, view)
+                return f"{describe(link.node, view)} reads {what}, which the model writes to"
+            pending += each.all_input_nodes
+    return None
+
+
+def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
+    """No write in place may tell the chain from what replaces it."""
+    nodes = set(site.nodes)
+    for link in site.links:
+        for value in written_by(link.node, view):
+            if (seen := seen_elsewhere(value, nodes, effects)) is not None:
+                return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
+        # Of what branches share, a write by one would be read by the next.
+        if link.branch and touches(link.node, site.input, view, effects):
+            return f"{describe(link.node, view)} writes in place to what its branches share"
+    reads = [side for link in site.links for side in link.side_inputs]
+    if site.pattern.branches or not is_fresh(site.first, view):
+        reads.append(site.input)
+    for write in effects.writes_between(site.first, site.last) if reads else ():
+        if write not in nodes and any(touches(write, each, view, effects) for each in reads):
+            return f"{describe(write, view)} writes in place to what the chain reads"
+    return None
+
+
+def touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -> bool:
+    """Whether a write may reach the storage of a value."""
+    storage = effects.storage(value)
+    return any(storage & effects.storage(each) for each in written_by(write, view))
+
+
+def seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
+    """What shares a value's storage and is given from outside, or read by others than `own`."""
+    storage = effects.storage(value) - own
+    for each in sorted(storage, key=lambda node: node.name):  # a set has no order of its own
+        if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
+            return each
+    return None
+
+
+# The one private name of torch.nn that this package needs; without it no hook is assumed.
+_any_global_hook = getattr(nn_module, "_has_any_global_hook", bool)

@@ -1,0 +1,109 @@
+"""Find the siblings of a call, and those among them that are fit to become one with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ..ir.aliases import Effects, is_fresh
+from ..ir.describe import Seen, describe
+from ..ir.graph_view import GraphView
+from ..ir.strides import told_apart
+from ..module_utils.parametrization import without_parametrizations
+from ..rules.spec import Pattern, Step
+from .legality import refusal, touches
+from .match import Alone, Link, Site
+from .matcher import calls
+
+
+def group(pattern: Pattern, view: GraphView, anchor: fx.Node) -> Site | Alone:
+    """A call with its siblings, or why there are none."""
+    step, links, others = pattern.steps[0], [], []
+    source = next(iter(view.inputs(anchor).values()), anchor)
+    known = _in_common(step, view.module(anchor))
+    for reader in source.users:
+        module = view.module(reader)
+        entry = next(iter(view.inputs(reader).items()), None)
+        if module is None or entry is None or entry[1] is not source:
+            continue
+        if not calls(step, reader, view):
+            continue
+        found = known if reader is anchor else _in_common(step, module)
+        if found == known:
+            links.append(Link(step, reader, module, entry[0], (source,)))
+        else:
+            others.append((Seen.of(reader, view), found))
+    if len(links) < 2:
+        return Alone(step, Seen.of(source, view), known, tuple(others))
+    return _numbered(pattern, links)
+
+
+def fit(
+    site: Site, anchor: fx.Node, view: GraphView, effects: Effects, *, any_mode: bool
+) -> tuple[Site | str, dict[fx.Node, str]]:
+    """The siblings that may become one with an anchor, or why it must stay; and why others must.
+
+    The one that they become reads their value where the first of them does.
+    """
+    kept: list[Link] = []
+    left_out: dict[fx.Node, str] = {}
+    modules: set[int] = set()
+    for link in sorted(site.links, key=lambda link: link.node is not anchor):
+        reason = _unfit(site.pattern, link, view, effects, any_mode=any_mode)
+        if reason is not None and link.node is anchor:
+            return reason, {}
+        reason = reason or _written_between(site, link.node, anchor, view, effects)
+        if reason is None and id(link.module) in modules:
+            reason = f"{describe(link.node, view)} is called twice on one value"
+        if reason is None:
+            modules.add(id(link.module))
+            kept.append(link)
+        else:
+            left_out[link.node] = reason
+    if len(kept) < 2:
+        return f"it has no sibling that may change: {next(iter(left_out.values()))}", {}
+    return _numbered(site.pattern, kept), left_out
+
+
+def _numbered(pattern: Pattern, links: list[Link]) -> Site:
+    ordered = sorted(links, key=lambda link: link.node)
+    return Site(
+        pattern,
+        tuple(
+            Link(each.step, each.node, each.module, each.takes, each.sources, sibling=i)
+            for i, each in enumerate(ordered)
+        ),
+    )
+
+
+def _in_common(step: Step, module: nn.Module | None) -> Mapping[str, Any]:
+    if step.alike is None or module is None:
+        return {}
+    return dict(step.alike(without_parametrizations(module)))
+
+
+def _unfit(
+    pattern: Pattern, link: Link, view: GraphView, effects: Effects, *, any_mode: bool
+) -> str | None:
+    """Why this sibling must stay as it is, whatever the others are."""
+    reason = refusal(Site(pattern, (link,)), view, effects, any_mode=any_mode)
+    if reason is not None:
+        return reason
+    if not is_fresh(link.node, view):
+        return f"{describe(link.node, view)} may return what it was given"
+    return told_apart(link.node, link.step, view)
+
+
+def _written_between(
+    site: Site, one: fx.Node, other: fx.Node, view: GraphView, effects: Effects
+) -> str | None:
+    """Why two siblings don't read the same, or None."""
+    for write in effects.writes_between(min(one, other), max(one, other)):
+        if touches(write, site.input, view, effects):
+            return (
+                f"{describe(write, view)} writes in place to what siblings read, "
+                f"between {describe(min(one, other), view)} and {describe(max(one, other), view)}"
+            )
+    return None

@@ -1,0 +1,85 @@
+"""Keep what a graph has recorded of its values true for the nodes that a rewrite makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from .graph_view import GraphView
+
+
+def renew(view: GraphView, nodes: Iterable[fx.Node], mode: FakeTensorMode | None = None) -> None:
+    """Record `meta["val"]` of these nodes, in order, where the graph has fake tensors for others.
+
+    `meta["tensor_meta"]` is renewed with it where there is one. What can't be run on tensors
+    without data keeps what was recorded for the value that it replaces.
+    """
+    nodes = list(nodes)
+    read = [each for node in nodes for each in (node, *node.all_input_nodes)]
+    mode = mode or _mode(*(each.meta["val"] for each in read if "val" in each.meta))
+    for node in nodes if mode is not None else ():
+        try:
+            value = _value(view, node, mode)  # type: ignore[arg-type]
+        except Exception:
+            continue
+        node.meta["val"] = value
+        if "tensor_meta" in node.meta and isinstance(value, torch.Tensor):
+            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+
+
+def run_on_fakes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a function or module gives for fake tensors; its own tensors are made fake as well.
+
+    Raises:
+        Exception: whatever running it raises, an operator that has no form without data included.
+    """
+    mode = _mode(*pytree.tree_leaves((args, dict(kwargs))))
+    if mode is None:
+        raise ValueError("none of its arguments is a fake tensor")
+
+    def fake(leaf: Any) -> Any:
+        is_real = isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
+        return mode.from_tensor(leaf, static_shapes=True) if is_real else leaf
+
+    args, kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    with mode, torch.no_grad():
+        if not isinstance(function, nn.Module):
+            return function(*args, **kwargs)
+        tensors = {**dict(function.named_parameters()), **dict(function.named_buffers())}
+        fakes = {name: fake(tensor) for name, tensor in tensors.items()}
+        return torch.func.functional_call(function, fakes, args, dict(kwargs))
+
+
+def known_values(view: GraphView, nodes: Sequence[fx.Node]) -> tuple[list[Any], FakeTensorMode]:
+    """What is recorded of these nodes, tensors of the model among them, and the mode of it all."""
+    mode = _mode(*(node.meta.get("val") for node in nodes))
+    if mode is None:
+        raise ValueError(f"nothing is known of {', '.join(map(str, nodes))}")
+    return [_known(view, node, mode) for node in nodes], mode
+
+
+def _value(view: GraphView, node: fx.Node, mode: FakeTensorMode) -> Any:
+    if node.op == "get_attr":
+        return mode.from_tensor(view.attribute(node), static_shapes=True)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: _known(view, each, mode))
+    if node.op == "call_method":
+        return run_on_fakes(getattr(torch.Tensor, str(node.target)), args, kwargs)
+    return run_on_fakes(view.module(node) or node.target, args, kwargs)
+
+
+def _known(view: GraphView, node: fx.Node, mode: FakeTensorMode) -> Any:
+    if "val" not in node.meta and node.op == "get_attr":
+        return mode.from_tensor(view.attribute(node), static_shapes=True)
+    return node.meta["val"]
+
+
+def _mode(*values: Any) -> FakeTensorMode | None:
+    """The mode of the first fake tensor among these."""
+    leaves = pytree.tree_leaves(values) if values else ()
+    return next((each.fake_mode for each in leaves if isinstance(each, FakeTensor)), None)

@@ -1,0 +1,46 @@
+"""Hooks that a module carries, and tensors that are nothing but tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..module_utils.parametrization import is_of_old_norms, is_of_parametrizations, is_parametrized
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
+
+
+def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
+    """The kind of hook that a module carries, in words, or None.
+
+    Args:
+        module: the module.
+        ignoring_norms: leave out the hooks by which torch's older `weight_norm` and
+            `spectral_norm` compute a weight. Those of parametrizations never count.
+    """
+    state = module.__dict__
+    if not any(map(state.get, HOOKS)):
+        return None
+    for name in HOOKS:
+        for hook in (state.get(name) or {}).values():
+            ours = is_of_parametrizations(hook) or (ignoring_norms and is_of_old_norms(hook))
+            if not (ours and is_parametrized(module)):
+                return f"a {name.strip('_').removesuffix('s').replace('_', ' ')}"
+    return None
+
+
+def runs_its_forward_alone(module: nn.Module) -> bool:
+    """Whether nothing but the forward of its type sees what a module reads."""
+    return has_hooks(module) is None and "forward" not in module.__dict__

@@ -1,0 +1,1 @@
+"""One rewrite from end to end: trace, lift, drive, lower, write out, report."""

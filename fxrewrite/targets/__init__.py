@@ -1,0 +1,1 @@
+"""Where a result lands: a graph module, a module tree or an exported program."""

@@ -1,0 +1,162 @@
+"""Cut a model into the largest parts that can be traced."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+from torch import fx, nn
+
+from ..module_utils.hooks import has_hooks
+from .stops import Stop
+from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """A submodule that was traced; its graph names everything as the whole model does.
+
+    `name` is its qualified name, empty for the model itself.
+    """
+
+    name: str
+    graph: fx.Graph
+    constants: dict[str, Any]
+
+
+class Parts:
+    """The largest submodules of a model that can be traced, and what stopped tracing.
+
+    The model is one part if it could be traced. A submodule of a part that could not is one node
+    there, and its own submodules are parts by themselves, and so on down. Each module is the root
+    of one trace at most, and no module is traced as often as it is deep.
+
+    Args:
+        model: the model, which stays as it is.
+        whole: what tracing it gave.
+        wanted: the types that rules have to do with; what holds no such module is passed by.
+        leaf_modules: as for tracing.
+        tracer: as for tracing.
+        in_leaves: whether to go on in modules that are one node of a part since they carry hooks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        whole: Traced,
+        wanted: tuple[type[nn.Module], ...],
+        leaf_modules: LeafModules = (),
+        tracer: fx.Tracer | type[fx.Tracer] | None = None,
+        *,
+        in_leaves: bool = True,
+    ) -> None:
+        self.parts: list[Part] = []
+        self.stops: dict[str, Stop] = {}
+        self._below_stops: dict[str, nn.Module] = {}
+        self._model = model
+        self._wanted = wanted
+        self._in_leaves = in_leaves
+        self._leaves = tuple(leaf_modules)
+        self._tracer = tracer
+        types = tuple(each for each in self._leaves if isinstance(each, type))
+        names = {each for each in self._leaves if isinstance(each, str)}
+        self._keeps_whole = keeps_whole(tracer or fx.Tracer, types, names)
+        self._roots = {id(model)}
+        self._add("", whole)
+
+    @property
+    def inner(self) -> list[str]:
+        """The qualified names of parts that are not the model itself."""
+        return [part.name for part in self.parts if part.name]
+
+    def unseen(self) -> list[nn.Module]:
+        """The modules that code which can't be traced calls itself, if any of them is wanted."""
+        called = {
+            id(self._model.get_submodule(str(node.target)))
+            for part in self.parts
+            for node in part.graph.find_nodes(op="call_module")
+            if node.target not in part.constants
+        }
+        found = [each for each in self._below_stops.values() if id(each) not in called]
+        return found if any(isinstance(each, self._wanted) for each in found) else []
+
+    def keeps_whole(self, module: nn.Module) -> bool:
+        """Whether tracing keeps a module of the model as one node, whatever hooks it carries."""
+        return self._keeps_whole(module, self._names[id(module)])
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(each): name for name, each in self._model.named_modules()}
+
+    def _add(self, name: str, traced: Traced) -> None:
+        """Add what tracing a submodule gave, and go on where it stopped."""
+        for each in traced.stops:
+            below = _join(name, each.name)
+            self.stops[below] = attrs.evolve(each, name=below, error=None)
+        if traced.graph is None:
+            self._open(name)
+            return
+        part = _part(name, traced)
+        self.parts.append(part)
+        if not self.stops and not self._in_leaves:
+            return
+        for target in dict.fromkeys(str(n.target) for n in part.graph.find_nodes(op="call_module")):
+            if target in part.constants:
+                continue  # a check, which the model does not have
+            module = self._model.get_submodule(target)
+            if target in self.stops:
+                self._open(target)
+            elif self._in_leaves and has_hooks(module) and not self._keeps_whole(module, target):
+                self._trace(target, module)
+
+    def _open(self, name: str) -> None:
+        """Go on with the submodules of what can't be traced."""
+        opened = self._model.get_submodule(name)
+        if not is_compiled(opened):
+            for inner, module in _callable_children(opened, name):
+                if inner in self.stops:
+                    self._open(inner)
+                elif self._keeps_whole(module, inner):
+                    self._below_stops[inner] = module
+                else:
+                    self._trace(inner, module)
+
+    def _trace(self, name: str, module: nn.Module) -> None:
+        if id(module) in self._roots or not self._is_wanted(module):
+            return
+        self._roots.add(id(module))
+        below = [
+            each if isinstance(each, type) else each.removeprefix(f"{name}.")
+            for each in self._leaves
+            if isinstance(each, type) or each.startswith(f"{name}.")
+        ]
+        self._add(name, attempt(module, below, self._tracer).unchecked())
+
+    def _is_wanted(self, module: nn.Module) -> bool:
+        return any(isinstance(each, self._wanted) for each in module.modules())
+
+
+def _part(name: str, traced: Traced) -> Part:
+    graph = traced.graph
+    assert graph is not None
+    if name:
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                node.target = _join(name, str(node.target))
+    return Part(name, graph, {_join(name, key): value for key, value in traced.constants.items()})
+
+
+def _callable_children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules right below, through those that only hold others."""
+    for key, child in module.named_children():
+        below = _join(name, key)
+        if has_no_forward(child):
+            yield from _callable_children(child, below)
+        else:
+            yield below, child
+
+
+def _join(name: str, below: str) -> str:
+    return ".".join(filter(None, (name, below)))

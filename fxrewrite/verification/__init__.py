@@ -1,0 +1,1 @@
+"""Whether two models give the same, and which site is to blame if they do not."""
