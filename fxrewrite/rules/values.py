@@ -20,6 +20,7 @@ Alike: TypeAlias = Callable[[Any], Mapping[str, Any]]
 class Siblings(tuple[T_co, ...]):
     """The modules of a group that read one value, two or more, in the order of their calls.
 
+    >>> from torch import nn
     >>> q, k = nn.Linear(2, 3), nn.Linear(2, 1)
     >>> [linear.out_features for linear in Siblings((q, k))]
     [3, 1]
