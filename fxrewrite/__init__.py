@@ -24,7 +24,7 @@ from .errors import (
 from .explain.report import Report
 from .integrations.dynamo_backend import backend, inductor_pass
 from .module_utils.evolve import evolve
-from .module_utils.family import Family
+from .module_utils.subclassing import Family
 from .module_utils.tree import (
     _parent_name,
     delete_submodule,
@@ -33,13 +33,13 @@ from .module_utils.tree import (
     replace_node_module,
     set_submodule,
 )
-from .rules.actions import Action, Bypass, Replace, Revise, Split
+from .rules.actions import Action, Bypass, Call, Replace, Revise, Split
 from .rules.declare import call, chain, pattern, pattern_of, siblings
-from .rules.guards import Missed, known_rank, known_shape
+from .rules.guards import Declined, Guard, known_rank, known_shape
 from .rules.registry import get_rule_set, register, rule_set_names
-from .rules.rules import Guard, Rule, RuleSet, rule
+from .rules.rules import Rule, RuleSet, rule
 from .rules.spec import Pattern, Step
-from .rules.values import Call, Siblings, Value
+from .rules.values import Siblings, Value
 from .verification.bisect import Guilty, Localisation
 from .verification.compare import TensorCheck
 from .verification.inputs import random_inputs
@@ -58,7 +58,7 @@ __all__ = [
     "InputError",
     "LoadError",
     "Localisation",
-    "Missed",
+    "Declined",
     "Pattern",
     "PatternError",
     "Replace",

@@ -77,7 +77,7 @@ def norm_reaches_all(m: NormedLayer) -> str | None:
     return None if isinstance(found, str) else _uneven(m.layer, found[1])
 
 
-@fxr.rule(where=[same_types, same_channels, same_input, norm_reaches_all], pure=True)
+@fxr.rule(where=[same_types, same_channels, same_input, norm_reaches_all])
 def fold_norm_before(m: NormedLayer) -> fxr.Replace:
     """Scale and shift in the layer what the norm before it would."""
     found = norms.vectors(m.norm)
@@ -107,7 +107,7 @@ def per_channel(m: ScaledLayer) -> str | None:
     return found if isinstance(found, str) else _uneven(m.layer, found[1])
 
 
-@fxr.rule(where=[same_value, per_channel], pure=True, quiet=True)
+@fxr.rule(where=[same_value, per_channel], quiet=True)
 def fold_constant_before(m: ScaledLayer) -> fxr.Replace:
     """Scale and shift in the layer what the constant before it would."""
     found = _vectors(m)

@@ -25,7 +25,7 @@ class IdleModule:
     idle: Idle
 
 
-@fxr.rule(pure=True, quiet=True)
+@fxr.rule(quiet=True)
 def drop_idle(m: IdleModule) -> fxr.Bypass:
     """Leave out identities, dropouts and stochastic depth."""
     return fxr.Bypass()
@@ -46,7 +46,7 @@ def drops_nothing(m: DropoutCall) -> str | None:
     return None if training is False else "it drops also in eval mode: training is not False"
 
 
-@fxr.rule(where=[drops_nothing], pure=True, quiet=True)
+@fxr.rule(where=[drops_nothing], quiet=True)
 def drop_dropout_call(m: DropoutCall) -> fxr.Bypass:
     """Leave out a functional dropout with training=False."""
     return fxr.Bypass()
@@ -61,7 +61,7 @@ class ReluTwice:
     second: fxr.Call = fxr.call(*RELU, chain="input", side_inputs=False)
 
 
-@fxr.rule(pure=True, quiet=True)
+@fxr.rule(quiet=True)
 def drop_second_relu(m: ReluTwice) -> fxr.Revise:
     """What a ReLU made passes another as it is."""
     return fxr.Revise(second=None)
@@ -78,20 +78,20 @@ class Cast:
     )  # fmt: skip
 
 
-def has_type(m: Cast) -> str | None:
+def has_type(m: Cast) -> str | fxr.Declined | None:
     """The value must be of that type already, and nothing else be asked for."""
     given = list(m.cast.kwargs.values())
     wanted = _CASTS.get(m.cast.function) if not given else given[0]
     if len(given) > 1 or not isinstance(wanted, torch.dtype):
-        return fxr.Missed("it asks for more than a type")
+        return fxr.Declined("it asks for more than a type", "missed")
     if m.x.dtype is None:
         return f"whether the value is in {_name(wanted)} already is not known; {_DECIDES}"
     if m.x.dtype != wanted:
-        return fxr.Missed(f"it casts {_name(m.x.dtype)} to {_name(wanted)}")
+        return fxr.Declined(f"it casts {_name(m.x.dtype)} to {_name(wanted)}", "missed")
     return None
 
 
-@fxr.rule(where=[has_type], pure=True, quiet=True)
+@fxr.rule(where=[has_type], quiet=True)
 def drop_cast(m: Cast) -> fxr.Bypass:
     """Leave out a cast to the type that the value has."""
     return fxr.Bypass()
@@ -107,17 +107,17 @@ class Reshaped:
     )
 
 
-def keeps_shape(m: Reshaped) -> str | None:
+def keeps_shape(m: Reshaped) -> str | fxr.Declined | None:
     """The shape must stay whatever the sizes are, not for those of an example alone."""
     given, rank = m.reshape.kwargs, m.x.rank
     if (dims := given.get("dims")) is not None:
         same = isinstance(dims, tuple | list) and list(dims) == list(range(len(dims)))
-        return None if same else fxr.Missed("it permutes dimensions")
+        return None if same else fxr.Declined("it permutes dimensions", "missed")
     if (size := given.get("size", given.get("shape"))) is not None:
         if not isinstance(size, tuple | list) or list(size) != [-1] or rank not in (None, 1):
-            return fxr.Missed("other sizes of its input would be changed")
+            return fxr.Declined("other sizes of its input would be changed", "missed")
     elif further := given.keys() - {"start_dim", "end_dim"}:
-        return fxr.Missed(f"it is called with {', '.join(sorted(further))}")
+        return fxr.Declined(f"it is called with {', '.join(sorted(further))}", "missed")
     if rank is None:
         return f"whether it changes the shape is not known; {_DECIDES}"
     of = m.reshape.function if isinstance(m.reshape.function, nn.Flatten) else None
@@ -125,10 +125,10 @@ def keeps_shape(m: Reshaped) -> str | None:
     end = of.end_dim if of is not None else given.get("end_dim", -1)
     if rank > 0 and isinstance(start, int) and isinstance(end, int) and start % rank == end % rank:
         return None
-    return fxr.Missed(f"it joins dimensions of a {rank}-d tensor")
+    return fxr.Declined(f"it joins dimensions of a {rank}-d tensor", "missed")
 
 
-@fxr.rule(where=[keeps_shape], pure=True, quiet=True)
+@fxr.rule(where=[keeps_shape], quiet=True)
 def drop_reshape(m: Reshaped) -> fxr.Bypass:
     """Leave out a flatten, reshape or permutation that changes nothing, whatever the sizes."""
     return fxr.Bypass()
@@ -153,7 +153,7 @@ def same_format(m: ContiguousTwice) -> str | None:
     return None if first == second else f"the first is {first}, and the second {second}"
 
 
-@fxr.rule(where=[same_format], pure=True, quiet=True)
+@fxr.rule(where=[same_format], quiet=True)
 def drop_contiguous(m: ContiguousTwice) -> fxr.Revise:
     """Leave out `contiguous()` where the value is contiguous whatever the input's strides are."""
     return fxr.Revise(again=None)

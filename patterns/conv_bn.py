@@ -78,7 +78,7 @@ def same_device(m: ConvBn) -> str | None:
     return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
 
 
-@fxr.rule(where=[same_rank, reads_a_batch, has_running_stats, same_dtype, same_device], pure=True)
+@fxr.rule(where=[same_rank, reads_a_batch, has_running_stats, same_dtype, same_device])
 def fold_conv_bn(m: ConvBn) -> fxr.Replace:
     """Scale the weight and shift the bias as the batch norm would scale and shift the output."""
     return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(m.bn)), slot="conv")

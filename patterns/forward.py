@@ -146,7 +146,7 @@ def alike(layer: Layer, norm: nn.Module) -> str | None:
     )
 
 
-@fxr.rule(where=[same_types, same_channels], pure=True)
+@fxr.rule(where=[same_types, same_channels])
 def fold_norm(m: LayerNormed) -> fxr.Replace | fxr.Revise:
     """Scale and shift in the layer what the norm would; an activation of the norm's own stays."""
     found = norms.vectors(m.norm)
@@ -164,7 +164,7 @@ def per_channel(m: LayerScaled) -> str | None:
     return found if isinstance(found, str) else None
 
 
-@fxr.rule(where=[per_channel], pure=True, quiet=True)
+@fxr.rule(where=[per_channel], quiet=True)
 def fold_constant(m: LayerScaled) -> fxr.Revise:
     """Scale and shift in the layer what the constant would; a permutation between them stays."""
     found = _vectors(m)

@@ -92,8 +92,8 @@ def merged_convs(m: Convs) -> fxr.Split:
 
 
 def _rules(*limits: Any) -> list[fxr.Rule[Any]]:
-    linears = fxr.rule(name="merge_linears", where=limits, pure=True, last=True)
-    convs = fxr.rule(name="merge_convs", where=[one_group, *limits], pure=True, last=True)
+    linears = fxr.rule(name="merge_linears", where=limits, last=True)
+    convs = fxr.rule(name="merge_convs", where=[one_group, *limits], last=True)
     return [linears(merged_linears), convs(merged_convs)]
 
 

@@ -51,7 +51,7 @@ def is_smaller(m: LinearTwice | ConvTwice) -> str | None:
     return None
 
 
-@fxr.rule(where=[fits, is_smaller], pure=True, quiet=True)
+@fxr.rule(where=[fits, is_smaller], quiet=True)
 def multiply_linear(m: LinearTwice) -> fxr.Replace:
     """One linear layer of the product of both weights."""
     return fxr.Replace(composed(m.first, m.second), slot="first")
@@ -71,7 +71,7 @@ def pointwise(m: ConvTwice) -> str | None:
     return None
 
 
-@fxr.rule(where=[pointwise, fits, is_smaller], pure=True, quiet=True)
+@fxr.rule(where=[pointwise, fits, is_smaller], quiet=True)
 def multiply_conv(m: ConvTwice) -> fxr.Replace:
     """One convolution of the product of both weights and strides."""
     stride = tuple(a * b for a, b in zip(m.first.stride, m.second.stride, strict=True))

@@ -101,10 +101,10 @@ def layers_fit(m: TwoLayers) -> str | None:
     return _misfit(m.left.layer, m.right.layer)
 
 
-def three_fit(m: ThreeLayers) -> str | None:
+def three_fit(m: ThreeLayers) -> str | fxr.Declined | None:
     """One of the three must read all that the others read."""
     if plain_sum(m.pair) is not None or _is_difference(m.pair.join):
-        return fxr.Missed("it is no sum of three")
+        return fxr.Declined("it is no sum of three", "missed")
     large, small = _sorted(m)
     return next((why for each in small if (why := _misfit(large, each)) is not None), None)
 
@@ -128,14 +128,14 @@ def input_fits(m: LayerAndInput) -> str | None:
     return _no_place_for_input(m.left.layer)
 
 
-def adds_zero(m: PlusConstant) -> str | None:
+def adds_zero(m: PlusConstant) -> str | fxr.Declined | None:
     """The constant must be the number zero, which leaves a floating-point value as it is."""
     constants = list(m.plus.kwargs.items())
     numbers = [v for k, v in constants if k in ("input", "other")]
     if any(k not in ("input", "other", "alpha") for k, _ in constants) or len(numbers) != 1:
-        return fxr.Missed("the sum is called with further arguments")
+        return fxr.Declined("the sum is called with further arguments", "missed")
     if type(numbers[0]) not in (int, float) or numbers[0] != 0:
-        return fxr.Missed("it adds something other than the number 0")
+        return fxr.Declined("it adds something other than the number 0", "missed")
     if m.made is not None:
         return None
     if m.value.dtype is None:
@@ -148,13 +148,13 @@ def adds_zero(m: PlusConstant) -> str | None:
     return None
 
 
-@fxr.rule(where=[adds_zero], pure=True, quiet=True)
+@fxr.rule(where=[adds_zero], quiet=True)
 def drop_zero(m: PlusConstant) -> fxr.Revise:
     """Leave out the number 0 that a sum starts with, or that stands for an absent branch."""
     return fxr.Revise(plus=None)
 
 
-@fxr.rule(where=[plain_sum, layers_fit], pure=True, quiet=True)
+@fxr.rule(where=[plain_sum, layers_fit], quiet=True)
 def sum_layers(m: TwoLayers) -> fxr.Replace:
     """Add the smaller kernel to the part of the larger one that reads the same places."""
     left, right = m.left.layer, m.right.layer
@@ -164,7 +164,7 @@ def sum_layers(m: TwoLayers) -> fxr.Replace:
     return fxr.Replace(_sum(signed, left), slot="right.layer")
 
 
-@fxr.rule(where=[plain_sum, three_fit], pure=True, quiet=True)
+@fxr.rule(where=[plain_sum, three_fit], quiet=True)
 def sum_three_layers(m: ThreeLayers) -> fxr.Replace:
     """Add two kernels to a third that reads all that they read, as a 1x3 and a 3x1 to a 3x3."""
     large, (one, other) = _sorted(m)
@@ -173,7 +173,7 @@ def sum_three_layers(m: ThreeLayers) -> fxr.Replace:
     return fxr.Replace(_sum(_sum(large, one), other), slot=f"{slot}.layer")
 
 
-@fxr.rule(where=[plain_sum, norm_fits], pure=True, quiet=True)
+@fxr.rule(where=[plain_sum, norm_fits], quiet=True)
 def sum_layer_norm(m: LayerAndNorm) -> fxr.Replace:
     """Add the norm to the kernel's centre, as a convolution that scales each channel."""
     found = norms.vectors(m.right.norm)
@@ -182,7 +182,7 @@ def sum_layer_norm(m: LayerAndNorm) -> fxr.Replace:
     return _with_channels(m.left.layer, scale, shift)
 
 
-@fxr.rule(where=[plain_sum, input_fits], pure=True, quiet=True)
+@fxr.rule(where=[plain_sum, input_fits], quiet=True)
 def sum_layer_input(m: LayerAndInput) -> fxr.Replace:
     """Add one to the kernel's centre, from each channel to itself."""
     layer, one = m.left.layer, -1.0 if _is_difference(m.join) else 1.0

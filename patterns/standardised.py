@@ -37,7 +37,7 @@ def pads_evenly(m: StandardisedConv) -> str | None:
     return None
 
 
-@fxr.rule(where=[pads_evenly], pure=True)
+@fxr.rule(where=[pads_evenly])
 def bake_weight(m: StandardisedConv) -> fxr.Replace:
     """A plain convolution by the standardised weight."""
     conv: Any = m.conv

@@ -8,61 +8,48 @@ from __future__ import annotations
 
 from typing import Literal
 
-import attrs
 from torch import fx
 
-from ..ir.aliases import (
-    Effects,
-    hands_on,
-    is_fresh,
-    is_fresh_module,
-    lends,
-    writes_in_place,
-    written_by,
-)
+from ..ir.aliases import hands_on, is_fresh, lends
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
-from ..rules.actions import Action, Replace, Revise, Split
-from .editing import Made
-from .legality import seen_elsewhere, touches, written_meanwhile
+from .editing import Edit
+from .legality import written_meanwhile
 from .match import Site
 
 Relation = Literal["new", "same", "unknown"]
 
 
-def action_refusal(
-    site: Site, view: GraphView, effects: Effects, action: Action, made: Made
-) -> str | None:
+def alias_refusal(site: Site, view: GraphView, edit: Edit) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
-    if made.place is not site.first:
-        reason = written_meanwhile(site, made.place, view, effects)
+    if edit.place is not site.first:
+        reason = written_meanwhile(site, edit.place, view)
         if reason is not None:
             return reason
-    for value in made.reads:
-        before = _chain_relation(site, value, view)
-        after = _new_relation(site, value, view, effects, action, made)
-        writes = _writes_to(site, value, view, effects, action, made)
+    for value in edit.reads:
+        before, after = _chain_relation(site, value, view), _new_relation(value, view, edit)
+        writes = _writes_to(value, view, edit)
         if writes or not before == after != "unknown":
-            reason = _storage_refusal(site, value, writes, view, effects, made)
+            reason = _storage_refusal(site, value, view, edit, writes=writes)
             if reason is None and {before, after} == {"new", "same"}:
-                reason = _callers_refusal(site, value, effects)
+                reason = _callers_refusal(site, value, view)
             if reason is not None:
                 return reason
     return None
 
 
 def _storage_refusal(
-    site: Site, value: fx.Node, writes: bool, view: GraphView, effects: Effects, made: Made
+    site: Site, value: fx.Node, view: GraphView, edit: Edit, *, writes: bool
 ) -> str | None:
     """Why others could tell that the chain's output is no longer the same view of a value."""
-    own = {*site.nodes, *made.nodes}
-    seen = seen_elsewhere(value, own, effects)
+    own = {*site.nodes, *edit.nodes}
+    seen = view.seen_elsewhere(value, own)
     if seen is None:
         return None
     if writes:
         return f"what replaces the chain would write in place to {describe(seen, view)}"
-    for each in (site.last, *effects.storage(value)):
-        later = effects.later_write(each, after=site.first)
+    for each in (site.last, *view.storage(value)):
+        later = view.later_write(each, after=site.first)
         if later is not None and later not in own:
             return (
                 f"{describe(later, view)} writes in place, and the rewrite would change whether "
@@ -71,11 +58,10 @@ def _storage_refusal(
     return None
 
 
-def _callers_refusal(site: Site, value: fx.Node, effects: Effects) -> str | None:
+def _callers_refusal(site: Site, value: fx.Node, view: GraphView) -> str | None:
     """Why a caller, who may write to what it gave or got, could tell the rewrite, or None."""
-    storage = effects.storage(value)
-    is_given = any(each.op in ("placeholder", "get_attr") for each in storage)
-    if not effects.is_returned(site.last) or not is_given:
+    is_given = any(each.op in ("placeholder", "get_attr") for each in view.storage(value))
+    if not view.is_returned(site.last) or not is_given:
         return None
     return (
         "it would change whether what the model returns shares storage with what it is given, "
@@ -100,55 +86,23 @@ def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
     return known.get(site.last, "unknown")
 
 
-def _new_relation(
-    site: Site, value: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
-) -> Relation:
-    if isinstance(action, Revise):
-        steps = _remaining(site, action, view)
+def _new_relation(value: fx.Node, view: GraphView, edit: Edit) -> Relation:
+    """How the storage of what replaces the chain is related to that of a value that it reads."""
+    if edit.steps:
+        steps = [each.storage(view) for each in edit.steps]
         if any(step.is_fresh for step in steps):
             return "new"
-        return "same" if all(step.hands_on for step in steps) else "unknown"
-    if isinstance(action, Replace | Split):
-        if is_fresh_module(action.module):
-            return "new"
-        only_input = len(made.reads) == 1
-        return "same" if only_input and hands_on(action.module) else "unknown"
-    if made.result is value:
+        reads_one = len(edit.reads) == 1
+        return "same" if reads_one and all(step.hands_on for step in steps) else "unknown"
+    if edit.result is value:
         return "same"
-    return "unknown" if effects.storage(made.result) & effects.storage(value) else "new"
+    return "unknown" if view.storage(edit.result) & view.storage(value) else "new"
 
 
-@attrs.frozen
-class _Remaining:
-    """A step that a revision leaves: whether its output is new storage, and so on."""
-
-    is_fresh: bool
-    hands_on: bool
-    writes: bool
-
-
-def _remaining(site: Site, action: Revise, view: GraphView) -> list[_Remaining]:
-    found = []
-    for link in site.links:
-        module = action.steps.get(link.step.name)
-        if module is not None:
-            about = is_fresh_module(module), hands_on(module), writes_in_place(module)
-        elif link.step.name not in action.steps:
-            writes = bool(written_by(link.node, view))
-            about = is_fresh(link.node, view), hands_on(view.module(link.node)), writes
-        else:
-            continue
-        found.append(_Remaining(*about))
-    return found
-
-
-def _writes_to(
-    site: Site, x: fx.Node, view: GraphView, effects: Effects, action: Action, made: Made
-) -> bool:
-    if isinstance(action, Revise):
-        steps = _remaining(site, action, view)
-        new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
-        return any(step.writes for step in steps[: new + 1])
-    if isinstance(action, Replace | Split):
-        return writes_in_place(action.module)
-    return any(touches(node, x, view, effects) for node in made.nodes)
+def _writes_to(value: fx.Node, view: GraphView, edit: Edit) -> bool:
+    """Whether what replaces the chain writes to a value that it reads."""
+    steps = [each.storage(view) for each in edit.steps]
+    new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
+    return any(step.writes for step in steps[: new + 1]) or any(
+        view.touches(node, value) for node in edit.nodes if not steps
+    )

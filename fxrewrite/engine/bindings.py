@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from ..ir.graph_view import GraphView
 from ..module_utils.parametrization import without_parametrizations
+from ..rules.actions import Call
 from ..rules.spec import Pattern
-from ..rules.values import Call, Siblings, Value
+from ..rules.values import Siblings, Value
 from .match import Link, Site
 
 # The shape and type of a tensor that a run showed.

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import operator
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import fx, nn
-from torch.fx.proxy import GraphAppendingTracer
+from torch.utils import _pytree as pytree
 
+from ..ir.aliases import hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
 from ..ir.describe import PROVENANCE
 from ..ir.graph_view import GraphView
-from ..rules.actions import Action, Bypass, Replace, Revise, Split
-from ..rules.values import Call, Value
+from ..ir.overlay import is_erased
+from ..ir.spelling import spell, split
+from ..rules.actions import Action, Bypass, Call, Replace, Revise, Split
+from ..rules.values import Value
 from .match import Link, Site
+
+
+@attrs.frozen
+class Storage:
+    """What a step does with storage: gives new, hands its input on as it is, writes to its input."""
+
+    is_fresh: bool
+    hands_on: bool
+    writes: bool
 
 
 @attrs.frozen(eq=False)
@@ -26,29 +38,63 @@ class NewCall:
     reads: tuple[fx.Node, ...]
     slot: Link | None
 
+    def storage(self, view: GraphView) -> Storage:
+        """What the module does with storage."""
+        module = self.module
+        return Storage(is_fresh_module(module), hands_on(module), writes_in_place(module))
+
 
 @attrs.frozen(eq=False)
-class Made:
+class Kept:
+    """A step that stays, and the value that it reads from now on."""
+
+    link: Link
+    reads: fx.Node
+
+    @property
+    def node(self) -> fx.Node:
+        """Its node."""
+        return self.link.node
+
+    def storage(self, view: GraphView) -> Storage:
+        """What the step does with storage."""
+        writes = bool(written_by(self.node, view))
+        return Storage(is_fresh(self.node, view), hands_on(self.link.module), writes)
+
+
+@attrs.frozen(eq=False)
+class Edit:
     """What an action puts in a chain's place: its nodes, where they stand, and the new output.
 
-    `reads` are the values that it reads, or hands on, the chain's input first; `calls` are the
-    calls of new modules; `kept` are those of the chain's nodes that stay, each with the value that
-    it reads from now on. `now` has for each link what stands there from now on; it is empty where
-    there are branches or siblings. Of siblings, `parts` are the new values in their order.
+    `reads` are the values that it reads, or hands on, the chain's input first. `steps` are the
+    calls of new modules and the steps that stay, in order; there are none where the new `nodes`
+    say it all. `now` has for each link what stands there from now on; it is empty where there are
+    branches or siblings. Of siblings, `parts` are the new values in their order. What replaces a
+    chain stands in one `place`; where it `revises` one, each step stays where it is.
     """
 
     nodes: tuple[fx.Node, ...]
     place: fx.Node
     result: fx.Node
     reads: tuple[fx.Node, ...]
-    calls: tuple[NewCall, ...] = ()
-    kept: tuple[tuple[Link, fx.Node], ...] = ()
+    steps: tuple[NewCall | Kept, ...] = ()
     now: tuple[fx.Node, ...] = ()
     revises: bool = False
     parts: tuple[fx.Node, ...] = ()
 
+    @functools.cached_property
+    def calls(self) -> tuple[NewCall, ...]:
+        """The calls of new modules."""
+        return tuple(each for each in self.steps if isinstance(each, NewCall))
 
-def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> Made:
+    @functools.cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """The steps that stay."""
+        return tuple(each for each in self.steps if isinstance(each, Kept))
+
+
+@functools.singledispatch
+def prepare(action: Action, view: GraphView, site: Site) -> Edit:
     """Make what the action asks for beside the chain, which is still as it was.
 
     A new module's call takes over the node of its slot when it is carried out, so nothing is made
@@ -58,115 +104,103 @@ def prepare(view: GraphView, site: Site, action: Action, slot: Link | None) -> M
         TypeError: a Call's function returns something other than one value of the graph, or the
             action reads what is no value beside the chain.
     """
-    first = site.first
-    if isinstance(action, Bypass):
-        return Made((), first, site.input, (site.input,), now=_now(site, site.input))
-    if isinstance(action, Replace):
-        reads = (site.input, *(_node_of(view, site, value) for value in action.inputs))
-        place = site.last if action.inputs else first
-        node = _module_node(view, place) if slot is None else slot.node
-        nodes = (node,) if slot is None else ()
-        call = NewCall(action.module, node, reads, slot)
-        return Made(nodes, place, node, reads, (call,), now=_now(site, node, slot))
-    if isinstance(action, Revise):
-        return _revised(view, site, action)
-    if isinstance(action, Split):
-        return _split(view, site, action)
-    if action.node is not None:
-        return _made_again(view, site, action.node)
-    place = site.last if _Speller.reads_values(action) else first
-    before = place.prev
-    tracer = _Speller(view, site)
-    with view.graph.inserting_before(place):
-        args = tracer.lift((site.input, *action.args))
-        result = action.function(*args, **tracer.lift(action.kwargs))
-    spelt = []
-    while before.next is not place:
-        before = before.next
-        spelt.append(before)
-        view.count(before, +1)
-    if not isinstance(result, fx.Proxy):
-        raise TypeError(f"the function of its Call returned a {type(result).__name__}, not a value")
-    return _made(site, spelt, place, result.node)
+    raise TypeError(f"nothing is known of how to carry out a {type(action).__name__}")
 
 
-def _module_node(view: GraphView, place: fx.Node) -> fx.Node:
-    with view.graph.inserting_before(place):
-        return view.graph.create_node("call_module", "")
+@prepare.register
+def _(action: Bypass, view: GraphView, site: Site) -> Edit:
+    return Edit((), site.first, site.input, (site.input,), now=_now(site, site.input))
 
 
-def _revised(view: GraphView, site: Site, action: Revise) -> Made:
+@prepare.register
+def _(action: Replace, view: GraphView, site: Site) -> Edit:
+    slot = _slot(site, action.slot)
+    reads = (site.input, *(_node_of(view, site, value) for value in action.inputs))
+    place = site.last if action.inputs else site.first
+    node = _module_node(view, place) if slot is None else slot.node
+    call = NewCall(action.module, node, reads, slot)
+    nodes = (node,) if slot is None else ()
+    return Edit(nodes, place, node, reads, (call,), _now(site, node, slot))
+
+
+@prepare.register
+def _(action: Revise, view: GraphView, site: Site) -> Edit:
     if site.pattern.branches:
         raise TypeError("Revise changes steps of a chain, and this one has branches")
-    nodes, calls, kept, now = [], [], [], []
+    steps: list[NewCall | Kept] = []
+    nodes, now = [], []
     value = site.input
     for link in site.links:
         module = action.steps.get(link.step.name)
         if link.step.name not in action.steps:
-            kept.append((link, value))
-            value = link.node
+            steps.append(Kept(link, value))
         elif module is not None:
             slot = link if link.node.op == "call_module" else None
             node = link.node if slot is not None else _module_node(view, link.node)
             nodes += [] if slot is not None else [node]
-            calls.append(NewCall(module, node, (value,), slot))
-            value = node
+            steps.append(NewCall(module, node, (value,), slot))
+        if module is not None or link.step.name not in action.steps:
+            value = steps[-1].node
         now.append(value)
-    reading = [call.node for call in calls] + [link.node for link, _ in kept]
-    first = min(reading, default=site.links[0].node)
+    first = min((each.node for each in steps), default=site.first)
     reads = (site.input,)
-    return Made(
-        tuple(nodes), first, value, reads, tuple(calls), tuple(kept), tuple(now), revises=True
-    )
+    return Edit(tuple(nodes), first, value, reads, tuple(steps), tuple(now), revises=True)
 
 
-def _split(view: GraphView, site: Site, action: Split) -> Made:
+@prepare.register
+def _(action: Split, view: GraphView, site: Site) -> Edit:
     """The first sibling's node will call the new module; after it the parts are taken out."""
     first = site.links[0]
-    with view.graph.inserting_after(first.node):
-        dim = site.pattern.steps[0].dim
-        split = view.graph.call_function(
-            torch.split_with_sizes, (first.node, list(action.sizes), dim)
-        )
-    parts: list[fx.Node] = []
-    for i in range(len(site.links)):
-        with view.graph.inserting_after(parts[-1] if parts else split):
-            parts.append(view.graph.call_function(operator.getitem, (split, i)))
+    nodes = split(view.graph, first.node, action.sizes, site.pattern.steps[0].dim)
     reads = (site.input,)
     call = NewCall(action.module, first.node, reads, first)
-    nodes = (split, *parts)
-    return Made(nodes, first.node, first.node, reads, (call,), parts=tuple(parts))
+    return Edit(tuple(nodes), first.node, first.node, reads, (call,), parts=tuple(nodes[1:]))
 
 
-def _made(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Made:
-    read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
-    outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
-    read = dict.fromkeys(outside)
-    return Made(tuple(nodes), place, result, tuple(read), now=_now(site, result))
+@prepare.register
+def _(action: Call, view: GraphView, site: Site) -> Edit:
+    if action.node is not None:
+        return _made_again(view, site, action.node)
+    reads_values = any(isinstance(leaf, Value) for leaf in action.leaves())
+    place = site.last if reads_values else site.first
+
+    def lowered(leaf: Any) -> Any:
+        return _node_of(view, site, leaf) if isinstance(leaf, Value) else leaf
+
+    args, kwargs = pytree.tree_map(lowered, (action.args, dict(action.kwargs)))
+    base = f"{site.last.name}_constant"
+    nodes, result = spell(view, place, action.function, (site.input, *args), kwargs, base)
+    return _spelt(site, nodes, place, result)
 
 
-def _now(site: Site, result: fx.Node, slot: Link | None = None) -> tuple[fx.Node, ...]:
-    """At each link, the result, but before the slot what the chain starts from."""
-    if site.pattern.branches:
-        return ()
-    before = 0 if slot is None else site.links.index(slot)
-    return (site.input,) * before + (result,) * (len(site.links) - before)
-
-
-def discard(view: GraphView, made: Made) -> None:
+def discard(view: GraphView, edit: Edit) -> None:
     """Take back what was prepared."""
-    for node in reversed(made.nodes):
+    for node in reversed(edit.nodes):
         _erase(view, node)
 
 
-def call_module(view: GraphView, made: Made, call: NewCall, target: str) -> None:
+def commit(view: GraphView, site: Site, edit: Edit, targets: Sequence[str]) -> list[fx.Node]:
+    """Put what was prepared in the chain's place, new modules under these qualified names.
+
+    Gives the nodes that stand there now, in order.
+    """
+    for node in site.nodes:
+        view.forget_write(node)
+    for call, target in zip(edit.calls, targets, strict=True):
+        _call_module(view, edit, call, target)
+    nodes = _part_uses(view, site, edit) if edit.parts else _replace_uses(view, site, edit)
+    for node in nodes:
+        view.note_write(node)
+    return nodes
+
+
+def _call_module(view: GraphView, edit: Edit, call: NewCall, target: str) -> None:
     """Let a prepared node call its new module under this name."""
     node = call.node
     if call.slot is not None:
         view.count(node, -1)
-        # What replaces the whole chain stands in one place; a revised step stays where it is.
-        if node is made.result and node is not made.place and not made.revises:
-            made.place.prepend(node)
+        if node is edit.result and node is not edit.place and not edit.revises:
+            edit.place.prepend(node)
     # What FX keeps up to date on assignment is not cheap, and most sites need none of it.
     if node.target != target:
         node.target = target
@@ -178,62 +212,62 @@ def call_module(view: GraphView, made: Made, call: NewCall, target: str) -> None
     view.count(node, +1)
 
 
-def hand_over(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
-    """Move the readers of the chain to what was made, and erase what is left of the chain.
-
-    Gives the nodes that stand there now, in order.
-    """
-    if made.parts:
-        return _hand_over_parts(view, site, made)
-    last, result = site.last, made.result
+def _replace_uses(view: GraphView, site: Site, edit: Edit) -> list[fx.Node]:
+    """Move the readers of the chain to what was made, and erase what is left of the chain."""
+    last, result = site.last, edit.result
+    stay = {result, *(each.node for each in edit.steps)}
     if result is not site.input:
-        for node in made.nodes:
+        for node in edit.nodes:
             node.meta = _provenance(last)
-        if all(result is not link.node for link, _ in made.kept):
+        if all(result is not each.node for each in edit.kept):
             result.meta = last.meta
-    for link, value in made.kept:
-        if value is not link.source:
-            link.node.replace_input_with(link.source, value)
+    for each in edit.kept:
+        if each.reads is not each.link.source:
+            each.node.replace_input_with(each.link.source, each.reads)
     if result is not last:
         last.replace_all_uses_with(result)
-    for node, now in zip(site.nodes[:-1], made.now, strict=False):
+    for node, now in zip(site.nodes[:-1], edit.now, strict=False):
         if now is not node:
             for reader in [each for each in node.users if each not in site.nodes]:
                 reader.replace_input_with(node, now)  # it asks for the shape alone
-    stay = {result, *(call.node for call in made.calls), *(link.node for link, _ in made.kept)}
     for node in reversed(site.nodes):
         if node not in stay:
             read = [each for each in node.all_input_nodes if view.is_constant(each)]
             _erase(view, node)
             _erase_unread(view, read)
-    ours = [*made.nodes, *(node for node in site.nodes if node in stay)]
-    return sorted(ours) if made.revises else ours
+    ours = [*edit.nodes, *(node for node in site.nodes if node in stay)]
+    return sorted(ours) if edit.revises else ours
 
 
-def _hand_over_parts(view: GraphView, site: Site, made: Made) -> list[fx.Node]:
+def _part_uses(view: GraphView, site: Site, edit: Edit) -> list[fx.Node]:
     """Move the readers of each sibling to its part, and erase the siblings but the first."""
-    split = made.nodes[0]
-    for link, part in zip(site.links, made.parts, strict=True):
+    first = edit.nodes[0]
+    for link, part in zip(site.links, edit.parts, strict=True):
         part.meta = dict(link.node.meta)
-        link.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not split)
+        link.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not first)
     for link in site.links[1:]:
         _erase(view, link.node)
     # What was known of the first sibling's value is not true of the whole.
-    made.result.meta = _provenance(made.result)
-    split.meta = _provenance(made.result)
-    return [made.result, *made.nodes]
+    edit.result.meta = _provenance(edit.result)
+    first.meta = _provenance(edit.result)
+    return [edit.result, *edit.nodes]
 
 
 def _erase_unread(view: GraphView, constants: list[fx.Node]) -> None:
     """What only the replaced chain read goes with it."""
     while constants:
         node = constants.pop()
-        if not node.users and not getattr(node, "_erased", False):
+        if not node.users and not is_erased(node):
             constants += node.all_input_nodes
             _erase(view, node)
 
 
-def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:
+def _erase(view: GraphView, node: fx.Node) -> None:
+    view.count(node, -1)
+    view.graph.erase_node(node)
+
+
+def _made_again(view: GraphView, site: Site, node: fx.Node) -> Edit:
     """The same call once more, reading the chain's input where it read the chain."""
     sources = next(link.sources for link in site.links if link.node is node)
     if len(sources) > 1:
@@ -246,12 +280,32 @@ def _made_again(view: GraphView, site: Site, node: fx.Node) -> Made:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), moved)
         again = view.graph.create_node(node.op, node.target, args, kwargs)
     view.count(again, +1)
-    return _made(site, [again], node, again)
+    return _spelt(site, [again], node, again)
 
 
-def _erase(view: GraphView, node: fx.Node) -> None:
-    view.count(node, -1)
-    view.graph.erase_node(node)
+def _spelt(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Edit:
+    read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
+    outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
+    return Edit(tuple(nodes), place, result, tuple(dict.fromkeys(outside)), now=_now(site, result))
+
+
+def _now(site: Site, result: fx.Node, slot: Link | None = None) -> tuple[fx.Node, ...]:
+    """At each link, the result, but before the slot what the chain starts from."""
+    if site.pattern.branches:
+        return ()
+    before = 0 if slot is None else site.links.index(slot)
+    return (site.input,) * before + (result,) * (len(site.links) - before)
+
+
+def _slot(site: Site, name: str | None) -> Link | None:
+    """The link whose node and name a new module takes over, if the chain has such a one."""
+    calling = (link for link in site.links if link.node.op == "call_module")
+    return next((link for link in calling if name is None or link.name == name), None)
+
+
+def _module_node(view: GraphView, place: fx.Node) -> fx.Node:
+    with view.graph.inserting_before(place):
+        return view.graph.create_node("call_module", "")
 
 
 def _provenance(node: fx.Node) -> dict[str, Any]:
@@ -261,43 +315,8 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
 
 def _node_of(view: GraphView, site: Site, value: Value) -> fx.Node:
     known = value.node if isinstance(value, Value) else None
-    if known is None or known.graph is not view.graph or getattr(known, "_erased", False):
+    if known is None or known.graph is not view.graph or is_erased(known):
         raise TypeError(f"expected a Value that this match captured, found {value!r}")
     if known in site.nodes:
         raise TypeError(f"{value!r} goes with the chain, so its replacement can't read it")
     return known
-
-
-class _Speller(GraphAppendingTracer):
-    """Traces a function into the graph at hand; tensors become attributes of the model."""
-
-    def __init__(self, view: GraphView, site: Site) -> None:
-        super().__init__(view.graph)
-        self._view = view
-        self._site = site
-        self._base = f"{site.last.name}_constant"
-
-    @staticmethod
-    def reads_values(action: Call) -> bool:
-        leaves = torch.utils._pytree.tree_leaves((action.args, action.kwargs))
-        return any(isinstance(leaf, Value) for leaf in leaves)
-
-    def lift(self, argument: Any) -> Any:
-        """The argument with nodes, values and tensors in it made proxies."""
-        return torch.utils._pytree.tree_map(self._lift_leaf, argument)
-
-    def _lift_leaf(self, leaf: Any) -> Any:
-        if isinstance(leaf, Value):
-            leaf = _node_of(self._view, self._site, leaf)
-        if isinstance(leaf, torch.Tensor):
-            leaf = self._constant(leaf)
-        return self.proxy(leaf) if isinstance(leaf, fx.Node) else leaf
-
-    def create_arg(self, a: Any) -> Any:
-        """Lower an argument; a tensor that the function closes over becomes an attribute too."""
-        return self._constant(a) if isinstance(a, torch.Tensor) else super().create_arg(a)
-
-    def _constant(self, tensor: torch.Tensor) -> fx.Node:
-        target = self._view.free_name(self._base)
-        self._view.place(target, tensor)
-        return self.graph.create_node("get_attr", target)

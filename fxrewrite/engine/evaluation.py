@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -12,23 +12,45 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import RuleError
-from ..module_utils.evolve import same_module
+from ..ir.graph_view import GraphView
 from ..module_utils.state import Snapshot
-from ..rules.actions import Action, Bypass, Replace, Revise, Split
+from ..rules.actions import Action, Call, Split
+from ..rules.guards import Declined
 from ..rules.rules import Rule
-from ..rules.values import Call
+from .bindings import Shown, capture, capture_elsewhere
 from .match import Site
 
 
-def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
-    """The action that a rule wants for a match, or the reason why it is refused.
+def evaluate(
+    rule: Rule[Any],
+    site: Site,
+    view: GraphView,
+    elsewhere: Sequence[Shown | None] = (),
+    *,
+    exactly: bool = True,
+) -> Action | Declined:
+    """The action that a rule wants for a site, or why it declines.
+
+    Args:
+        rule: the rule.
+        site: the site.
+        view: the graph that it is of.
+        elsewhere: what the chain is called on elsewhere, where the rule has to want the same.
+        exactly: whether to compare what the rule is given bit for bit afterwards, and not only by
+            identity and version; what it changed can then be put back, down to the numbers.
 
     Raises:
         RuleError: a guard or the rule raised, changed what it was given, or returned something
-            that is neither. What it changed is put back first.
+            that is neither.
     """
-    answer = _asked(rule, site, match) if rule.pure else _watched(rule, site, match)
-    return answer if isinstance(answer, str) else _not_finite(answer, match) or answer
+    answer = _watched(rule, site, capture(site, view), exactly=exactly)
+    for shown in elsewhere:
+        if isinstance(answer, Declined):
+            break
+        other = _watched(rule, site, capture_elsewhere(site, view, shown), exactly=exactly)
+        if isinstance(other, Declined) or not answer.is_like(other):
+            answer = Declined(_undecided(shown, other))
+    return answer
 
 
 def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
@@ -37,44 +59,30 @@ def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
     return RuleError(f"rule {rule.name!r}{declared} at {site}: {what}")
 
 
-def same_action(one: Action, other: Action) -> bool:
-    """Whether two actions put modules that are alike into the same steps, and read nothing else."""
-    if isinstance(one, Bypass) and isinstance(other, Bypass):
-        return True
-    if isinstance(one, Replace) and isinstance(other, Replace):
-        alone = not one.inputs and not other.inputs
-        return alone and one.slot == other.slot and same_module(one.module, other.module)
-    if isinstance(one, Split) and isinstance(other, Split):
-        return one.sizes == other.sizes and same_module(one.module, other.module)
-    if isinstance(one, Revise) and isinstance(other, Revise):
-        pairs = [(module, other.steps.get(name)) for name, module in one.steps.items()]
-        return one.steps.keys() == other.steps.keys() and all(
-            a is b or (a is not None and b is not None and same_module(a, b)) for a, b in pairs
-        )
-    return False
-
-
-def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:
+def _watched(rule: Rule[Any], site: Site, match: Any, *, exactly: bool) -> Action | Declined:
     """Ask a rule and compare afterwards what it was given."""
-    before = Snapshot(_held(match))
+    given = list(_given(match))
+    before = Snapshot(given, exact=exactly)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         answer = _asked(rule, site, match)
         if (changed := before.difference()) is not None:
             raise failure(
                 rule, site, f"it changed {changed}; a rule must build new modules and tensors"
             )
+    if isinstance(answer, Action) and (reason := _not_finite(answer, given)) is not None:
+        return Declined(reason)
     return answer
 
 
-def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
+def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | Declined:
     """The first reason of a guard, or else what the rule returns."""
     for guard in rule.guards:
         try:
             reason = guard(match)
         except Exception as error:
             raise failure(rule, site, f"its guard {_name(guard)} raised {error!r}") from error
-        if isinstance(reason, str):
-            return reason
+        if isinstance(reason, str | Declined):
+            return Declined(reason) if isinstance(reason, str) else reason
         if reason is not None:
             what = f"its guard {_name(guard)} returned {reason!r}, not None or a reason"
             raise failure(rule, site, what)
@@ -82,44 +90,34 @@ def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | str:
         action = rule.build(match)
     except Exception as error:
         raise failure(rule, site, f"it raised {error!r}") from error
-    wanted = (Split,) if rule.pattern.is_group else (Replace, Revise, Call, Bypass)
-    if not isinstance(action, wanted):
-        names = " or ".join(each.__name__ for each in wanted)
-        raise failure(rule, site, f"it returned {action!r}, not a {names}; to decline, use a guard")
-    if isinstance(action, Revise):
-        _check_steps(rule, site, action)
-    if isinstance(action, Replace | Split) and not isinstance(action.module, nn.Module):
-        what = f"{type(action).__name__}({action.module!r})"
-        raise failure(rule, site, f"it returned {what}, which is not a module")
-    if isinstance(action, Split) and len(action.sizes) != len(site.links):
-        count = len(site.links)
-        raise failure(rule, site, f"it returned {len(action.sizes)} sizes for {count} siblings")
+    if not isinstance(action, Action) or isinstance(action, Split) is not rule.pattern.is_group:
+        wanted = "Split" if rule.pattern.is_group else "Replace or Revise or Call or Bypass"
+        what = f"it returned {action!r}, not a {wanted}; to decline, use a guard"
+        raise failure(rule, site, what)
+    if (wrong := action.misuse(rule.pattern, [link.name for link in site.links])) is not None:
+        raise failure(rule, site, wrong)
     return action
+
+
+def _undecided(shown: Shown | None, other: Action | Declined) -> str:
+    """Why a rule can't have its way where it would not have it at another call."""
+    said = other if isinstance(other, Declined) else "the rule asks for something else there"
+    if shown is None:
+        return f"it may also be called on nobody knows what: {said}"
+    return f"it is also called on a tensor of shape {tuple(shown[0])}: {said}"
 
 
 def _name(guard: Any) -> str:
     return str(getattr(guard, "__name__", repr(guard)))
 
 
-def _check_steps(rule: Rule[Any], site: Site, action: Revise) -> None:
-    known = {step.name: step for step in rule.pattern.steps}
-    for name, module in action.steps.items():
-        if name not in known:
-            steps = ", ".join(known)
-            raise failure(rule, site, f"it revised {name!r}; the pattern's steps are {steps}")
-        if module is not None and not isinstance(module, nn.Module):
-            raise failure(rule, site, f"it returned Revise({name}={module!r}), which is no module")
-        if module is not None and known[name].repeats:
-            raise failure(rule, site, f"it gave a module to {name!r}, which may be many steps")
-
-
-def _held(match: Any) -> Iterator[Any]:
+def _given(match: Any) -> Iterator[Any]:
     """The modules and tensors that a match gives to a rule."""
     for field in attrs.fields(type(match)):
         captured = getattr(match, field.name)
         for each in captured if isinstance(captured, tuple) else (captured,):
             if hasattr(type(each), "__fxrewrite_pattern__"):
-                yield from _held(each)
+                yield from _given(each)
             elif isinstance(each, Call):
                 yield each.function
                 yield from pytree.tree_leaves(dict(each.kwargs))
@@ -127,44 +125,21 @@ def _held(match: Any) -> Iterator[Any]:
                 yield each
 
 
-def _not_finite(action: Action, match: Any) -> str | None:
+def _not_finite(action: Action, given: Sequence[Any]) -> str | None:
     """The reason to refuse an action whose new tensors hold infinities or NaN."""
-    if isinstance(action, Bypass):
-        return None
-    broken = [(name, each) for name, each in _tensors_of(action) if not _is_finite(each)]
-    for name, tensor in broken:
-        if all(tensor is not given for given in _tensors_given(match)):
-            return (
-                f"the new {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
-            )
+    for name, tensor in action.tensors():
+        if not _is_finite(tensor) and all(tensor is not each for each in _tensors_of(given)):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"the new {name} would not be finite in {dtype}"
     return None
 
 
-def _tensors_given(match: Any) -> Iterator[torch.Tensor]:
-    for each in _held(match):
+def _tensors_of(given: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for each in given:
         if isinstance(each, nn.Module):
             yield from (*each.parameters(), *each.buffers())
         elif isinstance(each, torch.Tensor):
             yield each
-
-
-def _tensors_of(action: Replace | Revise | Split | Call) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(action, Call):
-        leaves = pytree.tree_leaves((action.args, dict(action.kwargs)))
-        yield from (("constant", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    elif isinstance(action, Replace | Split):
-        yield from _tensors_in(action.module)
-    else:
-        for module in action.steps.values():
-            yield from () if module is None else _tensors_in(module)
-
-
-def _tensors_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    if not module._modules:  # named_parameters() and named_buffers() cost more than the check
-        held = (*module._parameters.items(), *module._buffers.items())
-        yield from ((name, tensor) for name, tensor in held if tensor is not None)
-    else:
-        yield from (*module.named_parameters(), *module.named_buffers())
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -6,40 +6,35 @@ guards say only what is special to the rule.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
-from torch.nn.utils import parametrize
 
-from ..ir.aliases import Effects, is_fresh, written_by
+from ..ir.aliases import is_fresh, written_by
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..ir.tensor_metadata import asks
-from ..module_utils.family import FamilyType
 from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
-from ..module_utils.subclassing import overridden
+from ..module_utils.subclassing import differs
 from .match import Site
 
 
-def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
+def refusal(site: Site, view: GraphView, *, any_mode: bool) -> str | None:
     """Why this site must stay as it is, or None."""
     if _any_global_hook():
         return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return (
         _other_reader(site, view)
         or _extra_arguments(site, view)
-        or _module_refusal(site, effects, any_mode)
-        or _written_constant(site, view, effects)
-        or _hazard(site, view, effects)
+        or _module_refusal(site, view, any_mode)
+        or _written_constant(site, view)
+        or _hazard(site, view)
     )
 
 
-def written_meanwhile(site: Site, place: fx.Node, view: GraphView, effects: Effects) -> str | None:
+def written_meanwhile(site: Site, place: fx.Node, view: GraphView) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
-    for write in effects.writes_between(site.first, place):
-        if write not in site.nodes and touches(write, site.input, view, effects):
+    for write in view.writes_between(site.first, place):
+        if write not in site.nodes and view.touches(write, site.input):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
 
@@ -73,23 +68,20 @@ def _extra_arguments(site: Site, view: GraphView) -> str | None:
     return None
 
 
-def _module_refusal(site: Site, effects: Effects, any_mode: bool) -> str | None:
+def _module_refusal(site: Site, view: GraphView, any_mode: bool) -> str | None:
     for link in site.links:
         module = link.module
         if module is None:
             continue
         inner = module.modules() if module._modules else (module,)
-        reasons = (_state_refusal(each, effects, any_mode) for each in inner)
-        kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
-        reason = next(filter(None, reasons), None) or _overridden(
-            kind, link.step.modules, FamilyType.additions
-        )
+        reasons = (_state_refusal(each, view, any_mode) for each in inner)
+        reason = next(filter(None, reasons), None) or differs(type(module), link.step.modules)
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None
 
 
-def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str | None:
+def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool) -> str | None:
     if (hook := has_hooks(module, ignoring_norms=True)) is not None:
         if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
             return "is not initialised yet; run the model once, then rewrite it"
@@ -103,9 +95,9 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
             continue
         if type(tensor) not in PLAIN_TENSORS:
             return f"holds {name}, a tensor of the subclass {type(tensor).__name__}"
-        if id(tensor) in effects.written_tensors:
+        if id(tensor) in view.written_tensors:
             return f"holds {name}, which the model writes to in its forward"
-        if id(tensor) in effects.held_inside:
+        if id(tensor) in view.held_inside:
             return (
                 f"holds {name}, to which a module that is kept whole may write, for it holds it too"
             )
@@ -114,40 +106,17 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
     return None
 
 
-@functools.lru_cache(maxsize=4096)
-def _overridden(
-    found: type[nn.Module], wanted: tuple[type[nn.Module], ...], additions: int
-) -> str | None:
-    """How a subclass of a step's type behaves differently, in words, or None."""
-    plain = found.__bases__[0] if found.__module__ == parametrize.__name__ else found
-    bases = [_member(base, plain) for base in wanted if issubclass(plain, base)]
-    reasons = [_differs(plain, base) for base in bases if base is not None]
-    return None if None in reasons else reasons[0]
-
-
-def _member(base: Any, found: type[nn.Module]) -> Any:
-    """Whose behaviour a type must have: of a family, its nearest member's, which it may lack."""
-    return base.member(found) if isinstance(base, FamilyType) else base
-
-
-def _differs(found: type[nn.Module], base: type[nn.Module]) -> str | None:
-    if base.forward is nn.Module.forward:  # an abstract family, whose members differ by intent
-        return None
-    name = overridden(found, base)
-    return name and f"is a {found.__name__}, whose {name} is not that of {base.__name__}"
-
-
-def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | None:
+def _written_constant(site: Site, view: GraphView) -> str | None:
     """What a call step reads of the model's own tensors is a constant to the rule."""
-    if not effects.written_values:
+    if not view.written_values:
         return None
     for link in site.links:
         pending = [each for each in link.node.all_input_nodes if view.is_constant(each)]
         while pending:
             each = pending.pop()
             is_tensor = each.op == "get_attr"
-            if each in effects.written_values or (
-                is_tensor and id(view.attribute(each)) in effects.written_tensors
+            if each in view.written_values or (
+                is_tensor and id(view.attribute(each)) in view.written_tensors
             ):
                 what = each.target if is_tensor else describe(each, view)
                 return f"{describe(link.node, view)} reads {what}, which the model writes to"
@@ -155,37 +124,22 @@ def _written_constant(site: Site, view: GraphView, effects: Effects) -> str | No
     return None
 
 
-def _hazard(site: Site, view: GraphView, effects: Effects) -> str | None:
+def _hazard(site: Site, view: GraphView) -> str | None:
     """No write in place may tell the chain from what replaces it."""
     nodes = set(site.nodes)
     for link in site.links:
         for value in written_by(link.node, view):
-            if (seen := seen_elsewhere(value, nodes, effects)) is not None:
+            if (seen := view.seen_elsewhere(value, nodes)) is not None:
                 return f"{describe(link.node, view)} writes in place to {describe(seen, view)}"
         # Of what branches share, a write by one would be read by the next.
-        if link.branch and touches(link.node, site.input, view, effects):
+        if link.branch and view.touches(link.node, site.input):
             return f"{describe(link.node, view)} writes in place to what its branches share"
     reads = [side for link in site.links for side in link.side_inputs]
     if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
-    for write in effects.writes_between(site.first, site.last) if reads else ():
-        if write not in nodes and any(touches(write, each, view, effects) for each in reads):
+    for write in view.writes_between(site.first, site.last) if reads else ():
+        if write not in nodes and any(view.touches(write, each) for each in reads):
             return f"{describe(write, view)} writes in place to what the chain reads"
-    return None
-
-
-def touches(write: fx.Node, value: fx.Node, view: GraphView, effects: Effects) -> bool:
-    """Whether a write may reach the storage of a value."""
-    storage = effects.storage(value)
-    return any(storage & effects.storage(each) for each in written_by(write, view))
-
-
-def seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.Node | None:
-    """What shares a value's storage and is given from outside, or read by others than `own`."""
-    storage = effects.storage(value) - own
-    for each in sorted(storage, key=lambda node: node.name):  # a set has no order of its own
-        if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
-            return each
     return None
 
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir.aliases import Effects
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..ir.tensor_metadata import keeps, may_change, same_layer
-from .editing import Made
-from .legality import touches
+from .editing import Edit
 from .match import Site
 
 
-def rereading_refusal(site: Site, made: Made, view: GraphView, effects: Effects) -> str | None:
+def metadata_refusal(site: Site, view: GraphView, edit: Edit) -> str | None:
     """Why a reader of an inner value's shape can't read it afterwards, or None."""
-    if not made.now:
+    if not edit.now:
         return None
     nodes = site.nodes
     for i, node in enumerate(nodes[:-1]):
@@ -28,35 +26,33 @@ def rereading_refusal(site: Site, made: Made, view: GraphView, effects: Effects)
             if reader in nodes:
                 continue
             also = f"the output of {describe(node, view)} is also read by {describe(reader, view)}"
-            if not _has_its_shape(site, made, i):
+            if not _has_its_shape(site, edit, i):
                 return (
                     f"{also}, and what stands there after the rewrite is not sure to have the same "
                     "shape, dtype and device"
                 )
-            if made.place is not site.first and not made.revises and reader < made.place:
+            if edit.place is not site.first and not edit.revises and reader < edit.place:
                 return f"{also}, before there would be what replaces the chain"
-            for write in effects.writes_between(site.first, reader):
+            for write in view.writes_between(site.first, reader):
                 values = (node, site.input, site.last)
-                if may_change(write, view) and any(
-                    touches(write, each, view, effects) for each in values
-                ):
+                if may_change(write, view) and any(view.touches(write, each) for each in values):
                     return f"{also}, after {describe(write, view)} may have changed its shape"
     return None
 
 
-def _has_its_shape(site: Site, made: Made, i: int) -> bool:
+def _has_its_shape(site: Site, edit: Edit, i: int) -> bool:
     """Whether what stands at a link from now on has the metadata of what stood there.
 
     Where the chain begins and where it ends it has, or else the rule would be wrong.
     """
     if i < 0:
         return True
-    link, now = site.links[i], made.now[i]
-    if now is made.result and all(map(keeps, site.links[i + 1 :])):
+    link, now = site.links[i], edit.now[i]
+    if now is edit.result and all(map(keeps, site.links[i + 1 :])):
         return True
-    before: fx.Node = made.now[i - 1] if i else site.input
-    if now is before or (now is link.node and any(link is each for each, _ in made.kept)):
-        return keeps(link) and _has_its_shape(site, made, i - 1)
-    call = next((each for each in made.calls if each.slot is link and each.node is now), None)
+    before: fx.Node = edit.now[i - 1] if i else site.input
+    if now is before or (now is link.node and any(link is each.link for each in edit.kept)):
+        return keeps(link) and _has_its_shape(site, edit, i - 1)
+    call = next((each for each in edit.calls if each.slot is link and each.node is now), None)
     same = call is not None and same_layer(link.module, call.module)
-    return same and _has_its_shape(site, made, i - 1)
+    return same and _has_its_shape(site, edit, i - 1)

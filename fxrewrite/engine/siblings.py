@@ -7,18 +7,40 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..ir.aliases import Effects, is_fresh
-from ..ir.describe import Seen, describe
+from ..ir.aliases import is_fresh
+from ..ir.describe import Seen, describe, name_of
 from ..ir.graph_view import GraphView
 from ..ir.strides import told_apart
 from ..module_utils.parametrization import without_parametrizations
+from ..rules.guards import Declined
+from ..rules.rules import Rule
 from ..rules.spec import Pattern, Step
-from .legality import refusal, touches
+from .evaluation import failure
+from .legality import refusal
 from .match import Alone, Link, Site
 from .matcher import calls
 
 
-def group(pattern: Pattern, view: GraphView, anchor: fx.Node) -> Site | Alone:
+def siblings_of(
+    rule: Rule[Any], anchor: fx.Node, view: GraphView, left_out: dict[fx.Node, str]
+) -> Site | Declined:
+    """The siblings that may become one with an anchor, or why there are none.
+
+    `left_out` has why calls had to be left out when their siblings became one; more are noted.
+    """
+    try:
+        found = _group(rule.pattern, view, anchor)
+    except Exception as error:
+        raise failure(rule, name_of(anchor), f"its alike= raised {error!r}") from error
+    if isinstance(found, Site):
+        found, others = _fit(found, anchor, view, any_mode=rule.any_mode)
+        left_out.update(others)
+    if isinstance(found, Declined) and anchor in left_out:
+        return Declined(left_out[anchor])
+    return found
+
+
+def _group(pattern: Pattern, view: GraphView, anchor: fx.Node) -> Site | Declined:
     """A call with its siblings, or why there are none."""
     step, links, others = pattern.steps[0], [], []
     source = next(iter(view.inputs(anchor).values()), anchor)
@@ -36,13 +58,13 @@ def group(pattern: Pattern, view: GraphView, anchor: fx.Node) -> Site | Alone:
         else:
             others.append((Seen.of(reader, view), found))
     if len(links) < 2:
-        return Alone(step, Seen.of(source, view), known, tuple(others))
+        return Declined(Alone(step, Seen.of(source, view), known, tuple(others)), "missed")
     return _numbered(pattern, links)
 
 
-def fit(
-    site: Site, anchor: fx.Node, view: GraphView, effects: Effects, *, any_mode: bool
-) -> tuple[Site | str, dict[fx.Node, str]]:
+def _fit(
+    site: Site, anchor: fx.Node, view: GraphView, *, any_mode: bool
+) -> tuple[Site | Declined, dict[fx.Node, str]]:
     """The siblings that may become one with an anchor, or why it must stay; and why others must.
 
     The one that they become reads their value where the first of them does.
@@ -51,10 +73,10 @@ def fit(
     left_out: dict[fx.Node, str] = {}
     modules: set[int] = set()
     for link in sorted(site.links, key=lambda link: link.node is not anchor):
-        reason = _unfit(site.pattern, link, view, effects, any_mode=any_mode)
+        reason = _unfit(site.pattern, link, view, any_mode=any_mode)
         if reason is not None and link.node is anchor:
-            return reason, {}
-        reason = reason or _written_between(site, link.node, anchor, view, effects)
+            return Declined(reason), {}
+        reason = reason or _written_between(site, link.node, anchor, view)
         if reason is None and id(link.module) in modules:
             reason = f"{describe(link.node, view)} is called twice on one value"
         if reason is None:
@@ -63,7 +85,8 @@ def fit(
         else:
             left_out[link.node] = reason
     if len(kept) < 2:
-        return f"it has no sibling that may change: {next(iter(left_out.values()))}", {}
+        first = next(iter(left_out.values()))
+        return Declined(f"it has no sibling that may change: {first}"), {}
     return _numbered(site.pattern, kept), left_out
 
 
@@ -84,11 +107,9 @@ def _in_common(step: Step, module: nn.Module | None) -> Mapping[str, Any]:
     return dict(step.alike(without_parametrizations(module)))
 
 
-def _unfit(
-    pattern: Pattern, link: Link, view: GraphView, effects: Effects, *, any_mode: bool
-) -> str | None:
+def _unfit(pattern: Pattern, link: Link, view: GraphView, *, any_mode: bool) -> str | None:
     """Why this sibling must stay as it is, whatever the others are."""
-    reason = refusal(Site(pattern, (link,)), view, effects, any_mode=any_mode)
+    reason = refusal(Site(pattern, (link,)), view, any_mode=any_mode)
     if reason is not None:
         return reason
     if not is_fresh(link.node, view):
@@ -96,12 +117,10 @@ def _unfit(
     return told_apart(link.node, link.step, view)
 
 
-def _written_between(
-    site: Site, one: fx.Node, other: fx.Node, view: GraphView, effects: Effects
-) -> str | None:
+def _written_between(site: Site, one: fx.Node, other: fx.Node, view: GraphView) -> str | None:
     """Why two siblings don't read the same, or None."""
-    for write in effects.writes_between(min(one, other), max(one, other)):
-        if touches(write, site.input, view, effects):
+    for write in view.writes_between(min(one, other), max(one, other)):
+        if view.touches(write, site.input):
             return (
                 f"{describe(write, view)} writes in place to what siblings read, "
                 f"between {describe(min(one, other), view)} and {describe(max(one, other), view)}"

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-from ..engine.bindings import Shown
-from ..engine.match import Link, Site
-from ..ir.aliases import Effects
-from ..rules.actions import Action
+from .bindings import Shown
+from .editing import Edit
+from .match import Site
 
 
-class Destination(Protocol):
-    """What the engine asks before it commits."""
+class Target:
+    """Where a rewrite goes. This one takes whatever a graph can say; others refuse some of it.
 
-    def refusal(
-        self, site: Site, action: Action, slot: Link | None, effects: Effects
-    ) -> str | None:
-        """Why the outcome of this site can't be had there, or None."""
+    Finding and deciding don't know which it is. The engine edits its view either way; before it
+    commits, it asks the target whether the edit may land there.
+    """
+
+    def refusal(self, site: Site, edit: Edit) -> str | None:
+        """Why an edit that was prepared can't be had there, or None."""
+        return None
 
     def elsewhere(self, site: Site) -> Sequence[Shown | None]:
         """What else the chain may be called on than in the graph; None for who knows what."""
+        return ()
 
     def notes(self, site: Site) -> Sequence[str]:
         """What a user would want to know of a site that may land there."""
+        return ()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import fx, nn
 
 from ..dialects.op_table import SPELLINGS
 from ..module_utils.subclassing import overridden
-from .graph_view import GraphView
+from .overlay import Overlay
 
 IN_PLACE_OPERATORS = {
     getattr(operator, name)
@@ -40,93 +38,7 @@ _FRESH_CALLS = frozenset(
 _IN_PLACE_CALLS = {f"{name}_" for name in _FRESH_CALLS}
 
 
-class Effects:
-    """The in-place writes of a graph, in order.
-
-    `written_values` are the values that they reach, and `written_tensors` the identities of the
-    model's tensors among those. `held_inside` are those of buffers that a called module has and one
-    that is kept whole has inside of it, whose code may write to them.
-    """
-
-    def __init__(self, view: GraphView) -> None:
-        self._view = view
-        self._writes = [node for node in view.graph.nodes if written_by(node, view)]
-        self._live = set(self._writes)
-        self.written_values = {
-            origin
-            for write in self._writes
-            for value in written_by(write, view)
-            for origin in self.storage(value)
-        }
-        self.written_tensors = {
-            id(view.attribute(each)) for each in self.written_values if each.op == "get_attr"
-        }
-        # What a layer updates in training mode may be read by another one, in eval mode.
-        modules = dict.fromkeys(view.module(node) for node in view.graph.nodes)
-        called = [module for module in modules if module is not None]
-        training = (module for module in called if module.training)
-        self.written_tensors.update(id(each) for module in training for each in module.buffers())
-        inner = (child for module in called if module._modules for child in module.children())
-        inside = {id(each) for child in inner for each in child.buffers()}
-        own = {id(each) for module in called for each in module._buffers.values()}
-        self.held_inside = own & inside
-
-    def note(self, node: fx.Node) -> None:
-        """Note a new node, or one that calls something else now."""
-        if written_by(node, self._view):
-            self._live.add(node)
-            bisect.insort(self._writes, node)
-
-    def forget(self, node: fx.Node) -> None:
-        """Note that a node is gone."""
-        self._live.discard(node)
-
-    def writes_between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
-        """The writes strictly between two nodes, in graph order."""
-        if not self._live:
-            return []
-        start = bisect.bisect_right(self._writes, first)
-        stop = bisect.bisect_left(self._writes, last)
-        return [node for node in self._writes[start:stop] if node in self._live]
-
-    def storage(self, value: fx.Node) -> set[fx.Node]:
-        """The values whose storage this one may share: itself, and what it may be a view of."""
-        pending, seen = [value], {value}
-        while pending:
-            node = pending.pop()
-            sources = lends(node, self._view)
-            pending += [source for source in sources if source not in seen]
-            seen.update(sources)
-        return seen
-
-    def later_write(self, value: fx.Node, after: fx.Node) -> fx.Node | None:
-        """A node after another that writes to this value, or to what may be a view of it."""
-        if not self._live:
-            return None
-        writes = (
-            reader
-            for node, reader in self._readers(value)
-            if after < reader and node in written_by(reader, self._view)
-        )
-        return next(writes, None)
-
-    def is_returned(self, value: fx.Node) -> bool:
-        """Whether the graph returns this value, or what may be a view of it."""
-        return any(reader.op == "output" for _, reader in self._readers(value))
-
-    def _readers(self, value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Each reader of a value, or of what may be a view of it, with the node that it reads."""
-        pending, seen = [value], {value}
-        while pending:
-            node = pending.pop()
-            for reader in node.users:
-                yield node, reader
-                if reader not in seen and node in lends(reader, self._view):
-                    seen.add(reader)
-                    pending.append(reader)
-
-
-def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
+def written_by(node: fx.Node, view: Overlay) -> list[fx.Node]:
     """The values that a node writes to in place."""
     target = node.target
     if node.op == "call_module":
@@ -151,7 +63,7 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
     return written
 
 
-def lends(node: fx.Node, view: GraphView) -> list[fx.Node]:
+def lends(node: fx.Node, view: Overlay) -> list[fx.Node]:
     """The values whose storage a node's output may share."""
     if is_fresh(node, view):
         return []
@@ -165,7 +77,7 @@ def _returns_what_it_writes(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _IN_PLACE_CALLS
 
 
-def is_fresh(node: fx.Node, view: GraphView) -> bool:
+def is_fresh(node: fx.Node, view: Overlay) -> bool:
     """Whether a node's output is sure to share no storage with its inputs."""
     if node.op == "call_module":
         return is_fresh_module(view.module(node))

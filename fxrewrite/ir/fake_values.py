@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
-from .graph_view import GraphView
+from .overlay import Overlay
 
 
-def renew(view: GraphView, nodes: Iterable[fx.Node], mode: FakeTensorMode | None = None) -> None:
+def renew(view: Overlay, nodes: Iterable[fx.Node], mode: FakeTensorMode | None = None) -> None:
     """Record `meta["val"]` of these nodes, in order, where the graph has fake tensors for others.
 
     `meta["tensor_meta"]` is renewed with it where there is one. What can't be run on tensors
@@ -56,7 +56,7 @@ def run_on_fakes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return torch.func.functional_call(function, fakes, args, dict(kwargs))
 
 
-def known_values(view: GraphView, nodes: Sequence[fx.Node]) -> tuple[list[Any], FakeTensorMode]:
+def known_values(view: Overlay, nodes: Sequence[fx.Node]) -> tuple[list[Any], FakeTensorMode]:
     """What is recorded of these nodes, tensors of the model among them, and the mode of it all."""
     mode = _mode(*(node.meta.get("val") for node in nodes))
     if mode is None:
@@ -64,16 +64,35 @@ def known_values(view: GraphView, nodes: Sequence[fx.Node]) -> tuple[list[Any], 
     return [_known(view, node, mode) for node in nodes], mode
 
 
-def _value(view: GraphView, node: fx.Node, mode: FakeTensorMode) -> Any:
+def evaluate_on_fakes(view: Overlay, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    """What a node gives for the fake tensors that are recorded, or for others that are `known`.
+
+    Raises:
+        Exception: whatever running it raises, an operator that has no form without data included.
+    """
+    read = [known.get(each, each.meta.get("val")) for each in node.all_input_nodes]
+    mode = _mode(*read)
+    if mode is None:
+        raise ValueError(f"nothing is known of what {node.name} reads")
+    return _value(view, node, mode, known)
+
+
+def _value(
+    view: Overlay, node: fx.Node, mode: FakeTensorMode, known: Mapping[fx.Node, Any] | None = None
+) -> Any:
     if node.op == "get_attr":
         return mode.from_tensor(view.attribute(node), static_shapes=True)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: _known(view, each, mode))
+
+    def value(each: fx.Node) -> Any:
+        return known[each] if known and each in known else _known(view, each, mode)
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     if node.op == "call_method":
         return run_on_fakes(getattr(torch.Tensor, str(node.target)), args, kwargs)
     return run_on_fakes(view.module(node) or node.target, args, kwargs)
 
 
-def _known(view: GraphView, node: fx.Node, mode: FakeTensorMode) -> Any:
+def _known(view: Overlay, node: fx.Node, mode: FakeTensorMode) -> Any:
     if "val" not in node.meta and node.op == "get_attr":
         return mode.from_tensor(view.attribute(node), static_shapes=True)
     return node.meta["val"]

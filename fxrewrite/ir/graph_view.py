@@ -1,233 +1,133 @@
-"""What the engine knows of a graph while it rewrites it: modules, their users, names."""
+"""A graph as the engine sees it: an overlay of a model, with what is written and who shares it."""
 
 from __future__ import annotations
 
+import bisect
 import functools
-import keyword
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import fx, nn
 
-from ..module_utils.tree import _parent_name, fresh_name
-from .arguments import arguments
-from .constant_eval import evaluate, is_constant
+from .aliases import lends, written_by
+from .overlay import Overlay
 
 
-class GraphView:
-    """A graph of our own to edit, over a model that is only read.
+class GraphView(Overlay):
+    """A graph of our own to edit, with what is known of its writes in place and its aliases.
 
-    New modules and tensors are laid over the model's by qualified name (`placed`); the model
-    itself never changes, and what becomes of graph and overlay is decided elsewhere.
+    What is written is looked for when it is first asked for, and kept up to date by `note_write`
+    and `forget_write` from then on.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        graph: fx.Graph,
-        constants: dict[str, Any],
-        modules: dict[str, nn.Module] | None = None,
-        part: str = "",
-    ) -> None:
-        self.root = root
-        self.part = part
-        self.graph = graph
-        self.constants = constants
-        self.is_training = root.training
-        # Whether the graph is only ever called with the sizes that it was made for.
-        self.sizes_are_fixed = False
-        self.placed: dict[str, Any] = dict(constants)
-        self.remarks: dict[fx.Node, str] = {}
-        found = modules or dict(root.named_modules(remove_duplicate=False))
-        self.modules: dict[Any, nn.Module] = found
-        self._users: dict[int, int] = {}
-        self._called: dict[str, int] = {}
-        self._constants: set[fx.Node] = set()
-        self._whole = {
-            str(node.target)
-            for node in graph.nodes
-            if (module := self.module(node)) is not None and module._modules
+    @functools.cached_property
+    def _writes(self) -> list[fx.Node]:
+        """The nodes that write in place, in order; some of them may be gone."""
+        return [node for node in self.graph.nodes if written_by(node, self)]
+
+    @functools.cached_property
+    def _live(self) -> set[fx.Node]:
+        return set(self._writes)
+
+    @functools.cached_property
+    def written_values(self) -> set[fx.Node]:
+        """The values that writes in place reach."""
+        return {
+            origin
+            for write in self._writes
+            for value in written_by(write, self)
+            for origin in self.storage(value)
         }
-        for node in graph.nodes:
-            self.count(node, +1)
 
-    def shown(self, name: str) -> str:
-        """What reports call a node or module: a node of a part has the part's name before it."""
-        prefix = f"{self.part}." if self.part else ""
-        return name if name.startswith(prefix) else prefix + name
+    @functools.cached_property
+    def written_tensors(self) -> set[int]:
+        """The identities of the model's tensors that the model may write to."""
+        written = {
+            id(self.attribute(each)) for each in self.written_values if each.op == "get_attr"
+        }
+        # What a layer updates in training mode may be read by another one, in eval mode.
+        training = (module for module in self._called_modules if module.training)
+        written.update(id(each) for module in training for each in module.buffers())
+        return written
 
-    def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, or None where it calls none."""
-        if node.op != "call_module":
-            return None
-        target: Any = node.target
-        placed: nn.Module | None = self.placed.get(target)
-        return placed if placed is not None else self.modules.get(target)
+    @functools.cached_property
+    def held_inside(self) -> set[int]:
+        """The identities of buffers that a called module has, and one inside a called one as well.
 
-    def attribute(self, node: fx.Node) -> Any:
-        """The value that a `get_attr` node reads."""
-        return self.value(str(node.target))
-
-    def value(self, target: str) -> Any:
-        """The value of that qualified name."""
-        if target in self.placed:
-            return self.placed[target]
-        owner, name = _parent_name(target)
-        # A path may lead through a tensor or a plain object, as `scale.T` does.
-        holder = self.modules.get(owner)
-        return getattr(holder, name) if holder is not None else _walk(self.root, target)
-
-    def is_constant(self, node: fx.Node) -> bool:
-        """Whether a value depends on nothing but the model's own tensors."""
-        return node in self._constants
-
-    def constant(self, node: fx.Node) -> Any:
-        """The value of a node that is constant."""
-        return evaluate(node, self.attribute)
-
-    def callee(self, node: fx.Node) -> Any:
-        """What a node calls: a module's type, a function, or a method's name."""
-        module = self.module(node)
-        return node.target if module is None else type(module)
-
-    def arguments(self, node: fx.Node) -> dict[str, Any]:
-        """A calling node's arguments by name."""
-        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            return {_first_parameter(self.callee(node)): node.args[0]}
-        return arguments(node, self.callee(node))
-
-    def inputs(self, node: fx.Node) -> dict[str, fx.Node]:
-        """Those of a node's arguments that are values of the graph, by name."""
-        if node.op in ("placeholder", "get_attr", "output"):
-            return {}
-        return {k: v for k, v in self.arguments(node).items() if isinstance(v, fx.Node)}
+        The code of the module that is called whole may write to them.
+        """
+        called = self._called_modules
+        inner = (child for module in called if module._modules for child in module.children())
+        inside = {id(each) for child in inner for each in child.buffers()}
+        own = {id(each) for module in called for each in module._buffers.values()}
+        return own & inside
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """Each module's qualified name with the first name that the same module has."""
-        first: dict[int, str] = {}
-        return {name: first.setdefault(id(each), name) for name, each in self.modules.items()}
+    def _called_modules(self) -> list[nn.Module]:
+        modules = dict.fromkeys(self.module(node) for node in self.graph.nodes)
+        return [module for module in modules if module is not None]
 
-    @functools.cached_property
-    def ids(self) -> frozenset[int]:
-        """The identities of all modules of the model."""
-        return frozenset(map(id, self.modules.values()))
+    def note_write(self, node: fx.Node) -> None:
+        """Note a new node, or one that calls something else now."""
+        if written_by(node, self):
+            self._live.add(node)
+            bisect.insort(self._writes, node)
 
-    @functools.cached_property
-    def ties(self) -> dict[int, tuple[str, ...]]:
-        """The qualified names of each parameter that several modules hold, by its identity."""
-        first: dict[int, nn.Module] = {}
-        shared = {
-            id(parameter)
-            for module in self.modules.values()
-            for parameter in module._parameters.values()
-            if parameter is not None and first.setdefault(id(parameter), module) is not module
-        }
-        holders: dict[int, dict[int, str]] = {each: {} for each in shared}
-        for name, module in self.modules.items() if shared else ():
-            for key, parameter in module._parameters.items():
-                if id(parameter) in shared:
-                    full = f"{name}.{key}".lstrip(".")
-                    holders[id(parameter)].setdefault(id(module), full)
-        return {each: tuple(names.values()) for each, names in holders.items()}
+    def forget_write(self, node: fx.Node) -> None:
+        """Note that a node is gone."""
+        self._live.discard(node)
 
-    def only_user(self, module: nn.Module) -> bool:
-        """Whether a single call is all that uses a module, under whatever name.
+    def writes_between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+        """The writes strictly between two nodes, in graph order."""
+        if not self._live:
+            return []
+        start = bisect.bisect_right(self._writes, first)
+        stop = bisect.bisect_left(self._writes, last)
+        return [node for node in self._writes[start:stop] if node in self._live]
 
-        Another call, a call of something inside it, a read of one of its attributes, and a called
-        module that contains it are further users.
-        """
-        return self._users.get(id(module)) == 1
+    def storage(self, value: fx.Node) -> set[fx.Node]:
+        """The values whose storage this one may share: itself, and what it may be a view of."""
+        pending, seen = [value], {value}
+        while pending:
+            sources = [each for each in lends(pending.pop(), self) if each not in seen]
+            pending += sources
+            seen.update(sources)
+        return seen
 
-    def free_name(self, target: str) -> str:
-        """A qualified name near `target` that nothing of model or graph has or contains."""
-        if self._is_below_used(target):
-            # Below a called module is that module's own, and it belongs to the model.
-            target = target.replace(".", "_")
-        return fresh_name(target, _Taken(self))
+    def touches(self, write: fx.Node, value: fx.Node) -> bool:
+        """Whether a write may reach the storage of a value."""
+        storage = self.storage(value)
+        return any(storage & self.storage(each) for each in written_by(write, self))
 
-    def is_used(self, target: str) -> bool:
-        """Whether a node of the graph calls or reads what has that name, or what it is part of."""
-        return self._called.get(target, 0) > 0 or self._is_below_used(target)
+    def seen_elsewhere(self, value: fx.Node, own: set[fx.Node]) -> fx.Node | None:
+        """What shares a value's storage and is given from outside, or read by others than `own`."""
+        storage = self.storage(value) - own
+        for each in sorted(storage, key=lambda node: node.name):  # a set has no order of its own
+            if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
+                return each
+        return None
 
-    def _is_below_used(self, target: str) -> bool:
-        while "." in target:
-            target, _ = _parent_name(target)
-            if self._called.get(target):
-                return True
-        return False
+    def later_write(self, value: fx.Node, after: fx.Node) -> fx.Node | None:
+        """A node after another that writes to this value, or to what may be a view of it."""
+        if not self._live:
+            return None
+        writes = (
+            reader
+            for node, reader in self._readers(value)
+            if after < reader and node in written_by(reader, self)
+        )
+        return next(writes, None)
 
-    def place(self, target: str, value: nn.Module | torch.Tensor) -> None:
-        """Lay a new module or tensor over the model's under that qualified name."""
-        self.placed[target] = value
+    def is_returned(self, value: fx.Node) -> bool:
+        """Whether the graph returns this value, or what may be a view of it."""
+        return any(reader.op == "output" for _, reader in self._readers(value))
 
-    def stands_at(self, target: str, module: nn.Module) -> bool:
-        """Whether this new module is still what the name stands for."""
-        return self.placed.get(target) is module
-
-    def count(self, node: fx.Node, by: int) -> None:
-        """Note that a node that uses a module came (+1) or went (-1)."""
-        if node.op == "call_module":
-            module = self.module(node)
-            if module is not None:
-                self._call(str(node.target), by)
-                used = module.modules() if module._modules else (module,)
-                for each in used:
-                    self._use(each, by)
-                if self._whole:
-                    self._use_containers(str(node.target), by)
-            return
-        if node.op == "get_attr":
-            self._call(str(node.target), by)
-            self._use_containers(str(node.target), by)
-        if by > 0 and is_constant(node, self._constants):
-            self._constants.add(node)
-
-    def _call(self, target: str, by: int) -> None:
-        self._called[target] = self._called.get(target, 0) + by
-
-    def _use_containers(self, target: str, by: int) -> None:
-        while "." in target:
-            target, _ = _parent_name(target)
-            container = self.modules.get(target)
-            if container is not None:
-                self._use(container, by)
-
-    def _use(self, module: nn.Module, by: int) -> None:
-        users = self._users.get(id(module), 0) + by
-        if users:
-            self._users[id(module)] = users
-        else:  # a module that nobody uses may be freed, and its id taken by another
-            del self._users[id(module)]
-
-
-# What a graph module has already, and a module of that name would hide.
-_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
-
-
-class _Taken:
-    """The qualified names that model, overlay or graph have, or that something is below."""
-
-    def __init__(self, view: GraphView) -> None:
-        self._view = view
-
-    def __contains__(self, target: object) -> bool:
-        view, target = self._view, str(target)
-        owner, name = _parent_name(target)
-        if target in view.placed or target in view.modules or keyword.iskeyword(name):
-            return True
-        if not owner and name in _RESERVED:
-            return True
-        return getattr(view.modules.get(owner), name, None) is not None
-
-
-@functools.lru_cache(maxsize=4096)
-def _first_parameter(module_type: type[nn.Module]) -> str:
-    code = getattr(module_type.forward, "__code__", None)
-    return code.co_varnames[1] if code is not None and code.co_argcount > 1 else "0"
-
-
-def _walk(root: Any, target: str) -> Any:
-    for name in target.split("."):
-        root = getattr(root, name)
-    return root
+    def _readers(self, value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Each reader of a value, or of what may be a view of it, with the node that it reads."""
+        pending, seen = [value], {value}
+        while pending:
+            node = pending.pop()
+            for reader in node.users:
+                yield node, reader
+                if reader not in seen and node in lends(reader, self):
+                    seen.add(reader)
+                    pending.append(reader)

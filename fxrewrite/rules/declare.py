@@ -15,8 +15,9 @@ from torch import nn
 from typing_extensions import dataclass_transform
 
 from ..errors import PatternError
+from .actions import Call
 from .spec import Branch, Pattern, Step
-from .values import Alike, Call, Siblings, Value
+from .values import Alike, Siblings, Value
 
 T = TypeVar("T")
 

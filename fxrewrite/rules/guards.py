@@ -1,27 +1,43 @@
-"""Guards for rules that are right for some shapes only."""
+"""What a guard may answer, and guards for rules that are right for some shapes only."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
-from .rules import Guard
+import attrs
+
+Guard: TypeAlias = "Callable[[Any], str | Declined | None]"
+"""A check on a match: None when the rule may go on, or the reason why it may not."""
 
 
-class Missed(str):
-    """A guard's answer that the chain is not what the rule is about: it is missed, not refused.
+@attrs.frozen
+class Declined:
+    """Why a rule is not applied: its chain is there and may not change, or is not there at all.
 
-    Of a `quiet` rule, what is missed is no finding.
+    A guard that returns a reason refuses the match. One that returns `Declined(reason, "missed")`
+    says that the match is not what the rule is about; of a `quiet` rule that is no finding.
 
     >>> import torch
     >>> import fxrewrite as fxr
     >>> ToFloat = fxr.chain(to=fxr.call("to", side_inputs=False))
     >>> def to_float(m):
-    ...     return None if torch.float32 in m.to.kwargs.values() else fxr.Missed("to another type")
-    >>> to_float(ToFloat(to=fxr.Call("to", dtype=torch.float64)))
-    'to another type'
+    ...     if torch.float32 not in m.to.kwargs.values():
+    ...         return fxr.Declined("to another type", "missed")
+    >>> print(to_float(ToFloat(to=fxr.Call("to", dtype=torch.float64))))
+    to another type
+
+    Args:
+        cause: the reason, or what gives it as its `str()`.
+        outcome: "refused" or "missed".
     """
 
-    __slots__ = ()
+    cause: Any
+    outcome: Literal["refused", "missed"] = "refused"
+
+    def __str__(self) -> str:
+        """The reason."""
+        return str(self.cause)
 
 
 def known_rank(*fields: str) -> Guard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import attrs
 from torch import fx, nn
@@ -14,12 +14,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..errors import PatternError
 from .actions import Action
 from .declare import annotations_of, pattern_of, source_of
+from .guards import Guard
 from .spec import Pattern
 
 M = TypeVar("M")
-
-Guard: TypeAlias = Callable[[Any], "str | None"]
-"""A check on a match: None when the rule may go on, or the reason why it may not."""
 
 
 @attrs.frozen(eq=False)
@@ -34,7 +32,6 @@ class Rule(Generic[M]):
     build: Callable[[M], Action] = attrs.field(repr=False)
     guards: tuple[Guard, ...] = attrs.field(default=(), repr=False)
     any_mode: bool = False
-    pure: bool = attrs.field(default=False, repr=False)
     quiet: bool = attrs.field(default=False, repr=False)
     last: bool = attrs.field(default=False, repr=False)
     doc: str = ""
@@ -54,7 +51,6 @@ def rule(
     pattern: type[Any] | None = None,
     name: str | None = None,
     any_mode: bool = False,
-    pure: bool = False,
     quiet: bool = False,
     last: bool = False,
 ) -> Callable[[Callable[[M], Action]], Rule[M]]: ...
@@ -66,7 +62,6 @@ def rule(
     pattern: type[Any] | None = None,
     name: str | None = None,
     any_mode: bool = False,
-    pure: bool = False,
     quiet: bool = False,
     last: bool = False,
 ) -> Any:
@@ -87,8 +82,6 @@ def rule(
         pattern: the pattern class; by default the annotation of the function's parameter.
         name: by default the function's name.
         any_mode: match modules in training mode too. By default the engine refuses those.
-        pure: take the author's word that the rule and its guards change nothing they are given.
-            By default the engine compares afterwards, which costs about as much as a fold.
         quiet: for a rule whose anchor is common and seldom meant, as each product is for one that
             looks for constants: that it missed its chain is no finding of the report.
         last: wait until no other rule applies, of whatever set; for a rule that would take from
@@ -109,7 +102,6 @@ def rule(
             build=build,
             guards=guards,
             any_mode=any_mode,
-            pure=pure,
             quiet=quiet,
             last=last,
             doc=(build.__doc__ or "").strip().partition("\n")[0],

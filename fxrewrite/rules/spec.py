@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from ..module_utils.family import Family
+from ..module_utils.subclassing import Family
 from .values import Alike
 
 # Of a step that may be many things, as many as make clear what they have in common.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,13 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.utils import _pytree as pytree
 
-from ..engine.bindings import Shown
-from ..engine.match import Link, Site
-from ..ir.aliases import Effects
-from ..ir.fake_values import run_on_fakes
+from ..engine.editing import Edit, Kept
+from ..engine.match import Site
+from ..engine.target import Target
+from ..ir.fake_values import evaluate_on_fakes, run_on_fakes
 from ..ir.graph_view import GraphView
 from ..module_utils.tree import _parent_name, fresh_name
-from ..rules.actions import Action, Replace, Split
-from ..rules.values import Call, Value
 from ..tracing.tracer import copy_of
 from .graph_inputs import Input, as_inputs
 from .operators import legalise
@@ -39,7 +36,7 @@ _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _FIRST = (InputKind.TOKEN, *_TENSORS)
 
 
-class Program:
+class Program(Target):
     """A program on the workbench: its `graph` reads the program's tensors as attributes.
 
     In a program they are inputs of the graph. Buffers that the program gives new values to stay
@@ -76,51 +73,41 @@ class Program:
         view = GraphView(self._program.graph_module, self.graph, self._before)
         view.remarks.update(self._remarks)
         view.sizes_are_fixed = True  # but for those that its shapes have as symbols
+        self._view = view
         return view
 
-    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
-        """A graph has one call for each."""
-        return ()
-
-    def notes(self, site: Site) -> Sequence[str]:
-        """Nothing is taken for granted."""
-        return ()
-
-    def refusal(
-        self, site: Site, action: Action, slot: Link | None, effects: Effects
-    ) -> str | None:
+    def refusal(self, site: Site, edit: Edit) -> str | None:
         """What replaces a chain must run without data, and give a tensor like the chain's."""
-        function: Any
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(action, Split):
-            function = action.module
-        elif isinstance(action, Replace):
-            function, args = action.module, action.inputs
-        elif isinstance(action, Call) and action.node is None:
-            function, args, kwargs = action.function, action.args, dict(action.kwargs)
-        else:
+        if not edit.steps and not edit.nodes:
             return None
-
-        def known(leaf: Any) -> Any:
-            is_value = isinstance(leaf, Value) and leaf.node is not None
-            return leaf.node.meta["val"] if is_value else leaf
-
-        args, kwargs = pytree.tree_map(known, (args, kwargs))
         try:
-            after = run_on_fakes(function, (site.input.meta["val"], *args), kwargs)
+            made = self._results(edit)
         except Exception as error:
             said = str(error).strip().partition("\n")[0]
             return f"what replaces the chain can't be part of an exported program: {said}"
-        parts: Any = (after,)
-        if isinstance(action, Split):
-            parts = torch.split_with_sizes(after, action.sizes, site.pattern.steps[0].dim)
-        given = [link.node for link in site.links] if isinstance(action, Split) else [site.last]
-        for node, part in zip(given, parts, strict=True):
-            before, after = _kind(node.meta["val"]), _kind(part)
+        given = [link.node for link in site.links] if edit.parts else [site.last]
+        for node, value in zip(given, made, strict=True):
+            before, after = _kind(node.meta["val"]), _kind(value)
             if before != after:
                 return f"what replaces the chain gives {after}, and the chain gave {before}"
         return None
+
+    def _results(self, edit: Edit) -> list[Any]:
+        """What an edit gives for the fake tensors that the program has recorded."""
+        known: dict[fx.Node, Any] = {}
+        for step in edit.steps:
+            if isinstance(step, Kept):
+                reads = known.get(step.reads, step.reads.meta["val"])
+                taken = {**known, step.link.source: reads}
+                known[step.node] = evaluate_on_fakes(self._view, step.node, taken)
+            else:
+                args = [known.get(each, each.meta["val"]) for each in step.reads]
+                known[step.node] = run_on_fakes(step.module, args, {})
+        for node in edit.nodes:
+            if node not in known:
+                known[node] = evaluate_on_fakes(self._view, node, known)
+        given = edit.parts or (edit.result,)
+        return [known[each] if each in known else each.meta["val"] for each in given]
 
     def finished(self, view: GraphView) -> ExportedProgram:
         """A program of what became of the graph."""

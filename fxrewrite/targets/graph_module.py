@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..engine.bindings import Shown
-from ..engine.match import Link, Site
-from ..ir.aliases import Effects
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import HOOKS
 from ..module_utils.tree import _parent_name
-from ..rules.actions import Action
 
 # Beside the hooks themselves, how torch remembers that they want to be called.
 HOOK_STATE = (
@@ -110,21 +105,3 @@ def _put(holder: nn.Module, source: Any, name: str, value: Any, *, is_new: bool 
     unsaved = getattr(source, "_non_persistent_buffers_set", ())
     saved = is_new or (name in getattr(source, "_buffers", {}) and name not in unsaved)
     holder.register_buffer(name, value, persistent=saved)
-
-
-class IntoGraph:
-    """A graph module: whatever the view's graph can say."""
-
-    def refusal(
-        self, site: Site, action: Action, slot: Link | None, effects: Effects
-    ) -> str | None:
-        """Nothing is refused."""
-        return None
-
-    def elsewhere(self, site: Site) -> Sequence[Shown | None]:
-        """A graph has one call for each."""
-        return ()
-
-    def notes(self, site: Site) -> Sequence[str]:
-        """Nothing is taken for granted."""
-        return ()

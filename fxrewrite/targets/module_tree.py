@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..engine.bindings import Shown, value_of
+from ..engine.editing import Edit
 from ..engine.legality import written_meanwhile
 from ..engine.match import Link, Site
-from ..ir.aliases import Effects, hands_on
+from ..engine.target import Target
+from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
-from ..rules.actions import Action, Bypass, Replace, Revise, Split
-from ..rules.values import Call
 from .evidence import Witness
 from .reading.flows import Flows
 
 _ELSEWHERE = "into='graph' can rewrite it"
 
 
-class IntoModules:
+class IntoModules(Target):
     """The model's own module tree, whose forward code stays: modules give way to modules.
 
     Where the chain was, the new module stands in the slot's place and `nn.Identity` in the place of
@@ -40,46 +40,41 @@ class IntoModules:
         self._gone: set[int] = set()
         self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
 
-    def refusal(
-        self, site: Site, action: Action, slot: Link | None, effects: Effects
-    ) -> str | None:
+    def refusal(self, site: Site, edit: Edit) -> str | None:
         """The forward calls what it calls, each module once; only what it calls may change."""
         view = self._view
-        if isinstance(action, Split):
+        if edit.parts:
             return f"siblings become one call, which the forward would have to split; {_ELSEWHERE}"
-        changed = list(site.links)
-        if isinstance(action, Revise):
-            changed = [link for link in changed if link.step.name in action.steps]
+        kept = {each.link for each in edit.kept}
+        changed = [link for link in site.links if link not in kept]
         for link in changed:
             if not self._is_called(link) or len(link.sources) > 1:
                 return (
                     f"{describe(link.node, view)} is written out in the forward, which stays as "
                     f"it is in a module tree; {_ELSEWHERE}"
                 )
-        if isinstance(action, Bypass) and all(type(each.module) is nn.Identity for each in changed):
-            return "it is an Identity already, and something has to stand there"
-        alone = (each.module is not None and view.only_user(each.module) for each in changed)
-        if isinstance(action, Bypass) and not any(alone):
-            return f"what it calls is used elsewhere too, and stays; {_ELSEWHERE}"
-        if isinstance(action, Call):
-            return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
-        if isinstance(action, Replace) and action.inputs:
+        if not edit.steps:
+            if edit.nodes or edit.result is not site.input:
+                return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
+            if all(type(each.module) is nn.Identity for each in changed):
+                return "it is an Identity already, and something has to stand there"
+            if not any(each.module and view.only_user(each.module) for each in changed):
+                return f"what it calls is used elsewhere too, and stays; {_ELSEWHERE}"
+        if len(edit.reads) > 1:
             return (
                 "its replacement reads further values, which the forward would have to pass to it; "
                 f"{_ELSEWHERE}"
             )
         for link in changed:
-            name, module = name_of(link.node), link.module
-            if module is not None and not view.only_user(module) and not self._stays(link, action):
+            if link.module is not None and not view.only_user(link.module) and not _stays(link):
                 return (
-                    f"{name} is used elsewhere too, and one module can't be both what it was and "
-                    f"what it becomes; {_ELSEWHERE}"
+                    f"{name_of(link.node)} is used elsewhere too, and one module can't be both "
+                    f"what it was and what it becomes; {_ELSEWHERE}"
                 )
-        if isinstance(action, Replace) and slot is not None:
-            reason = written_meanwhile(site, slot.node, view, effects)
-            if reason is not None:
+        for call in () if edit.revises else edit.calls:
+            if (reason := written_meanwhile(site, call.node, view)) is not None:
                 return reason
-        return self._parted(site, changed, action, slot)
+        return self._parted(site, changed, edit)
 
     def elsewhere(self, site: Site) -> Sequence[Shown | None]:
         """What the run showed of other calls; of calls that it did not show, nothing is known."""
@@ -103,19 +98,18 @@ class IntoModules:
         places = dict.fromkeys(filter(None, map(self._flows.handed, called)))
         return [f"trusted to call only what it is given: {where}" for where in places]
 
-    def _parted(
-        self, site: Site, changed: Sequence[Link], action: Action, slot: Link | None
-    ) -> str | None:
+    def _parted(self, site: Site, changed: Sequence[Link], edit: Edit) -> str | None:
         """Why the model's code, on some way that was not traced, needs a module as it is."""
-        gone = [link for link in changed if _is_gone(link, action, slot)]
+        new = {call.slot: call.module for call in edit.calls}
+        gone = [link for link in changed if link not in new]
         stays = [link.node for link in site.links if link not in gone]
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
         reason = self._flows.refusal(
             chain,
             {
-                self._original(link): _becomes(link, action, slot)
+                self._original(link): new.get(link) or nn.Identity()
                 for link in changed
-                if not self._stays(link, action)
+                if not _stays(link)
             },
             self._gone,
             late=any(link.node < node for link in gone for node in stays),
@@ -144,11 +138,6 @@ class IntoModules:
         }
         return {id(view.modules[name]): module for name, module in {**gone, **new}.items()}
 
-    def _stays(self, link: Link, action: Action) -> bool:
-        """Whether a matched module may stay, since it does nothing where it is."""
-        module = link.module
-        return hands_on(module) and module is not None and not module.training
-
     def _called(self) -> dict[str, None]:
         calls = (node for node in self._view.graph.nodes if node.op == "call_module")
         return dict.fromkeys(str(node.target) for node in calls)
@@ -159,16 +148,6 @@ def _is_idle(link: Link) -> bool:
     return link.module is None or hands_on(link.module)
 
 
-def _becomes(link: Link, action: Action, slot: Link | None) -> nn.Module:
-    """What stands in a link's place, once its module has changed."""
-    if isinstance(action, Revise):
-        new = action.steps[link.step.name]
-        return nn.Identity() if new is None else new
-    return action.module if isinstance(action, Replace) and link is slot else nn.Identity()
-
-
-def _is_gone(link: Link, action: Action, slot: Link | None) -> bool:
-    """Whether nothing but an identity is left where a link was."""
-    if isinstance(action, Revise):
-        return action.steps[link.step.name] is None
-    return link is not slot
+def _stays(link: Link) -> bool:
+    """Whether a matched module may stay, since it does nothing where it is."""
+    return hands_on(link.module) and link.module is not None and not link.module.training
