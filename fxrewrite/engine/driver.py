@@ -9,7 +9,6 @@ import attrs
 from torch import fx, nn
 
 from ..engine import editing as edits
-from ..explain.near_misses import Bystander, bystanders
 from ..ir.aliases import Effects, written_by
 from ..ir.describe import name_of
 from ..ir.fake_values import renew
@@ -20,15 +19,14 @@ from ..rules.actions import Action, Replace, Split
 from ..rules.guards import Missed
 from ..rules.rules import Rule
 from .alias_checks import action_refusal
-from .evaluation import failure, same_action
+from .evaluation import decide_everywhere, failure, same_action
 from .legality import refusal
 from .match import Alone, Link, Miss, Site
 from .matcher import Matcher, calls, reads_one_value
 from .metadata_readers import rereading_refusal
-from .replaying import Script
 from .report import Finding, Outcome
 from .siblings import fit, group
-from .target import Destination
+from .target import Target
 
 # How often rules may rewrite what rules made, before they are taken to feed each other forever.
 MAX_GENERATIONS = 100
@@ -52,20 +50,33 @@ class _Placed:
 
 
 class Engine:
-    """Applies rules to a graph view; `run` does it and returns what became of each anchor."""
+    """Applies rules to a graph view; `run` does it and returns what became of each anchor.
+
+    Rules are pure, so a second engine takes the same way through the same graph, as far as a limit.
+
+    Args:
+        view: the graph, which is edited.
+        rules: the rules; at each anchor the earlier ones are tried first.
+        target: what the graph is rewritten for.
+        limit: how many sites to rewrite at most; by default all.
+    """
 
     def __init__(
-        self, view: GraphView, rules: Sequence[Rule[Any]], destination: Destination, script: Script
+        self,
+        view: GraphView,
+        rules: Sequence[Rule[Any]],
+        target: Target,
+        limit: int | None = None,
     ) -> None:
         self._view = view
-        self._script = script
-        self._destination = destination
         self._rules = rules
+        self._target = target
+        self._limit = limit
         self._effects = Effects(view)
         self._rules_by_callee: dict[tuple[str, Any], list[Rule[Any]]] = {}
         self._order: dict[fx.Node, int] = {}
         self._declined: dict[fx.Node, list[Finding]] = {}
-        self._applied: list[tuple[int, Finding]] = []
+        self._applied: list[tuple[int, Rule[Any], Finding]] = []
         self._pending: list[fx.Node] = []
         # Rules that wait until no other applies.
         self._waiting = any(rule.last for rule in rules)
@@ -86,13 +97,20 @@ class Engine:
             while self._walk():
                 pass
         declined = [(self._order[node], _nearest(said)) for node, said in self._declined.items()]
-        return [found for _, found in sorted(self._applied + declined, key=lambda at: at[0])]
+        applied = [(order, finding) for order, _, finding in self._applied]
+        return [found for _, found in sorted(applied + declined, key=lambda at: at[0])]
 
-    def bystanders(self) -> dict[str, tuple[Bystander, ...]]:
-        """What is no anchor and took part in no match, with where the chains stopped around it."""
+    @property
+    def applied(self) -> list[tuple[Rule[Any], Finding]]:
+        """The sites in the order in which they were rewritten, each with its rule."""
+        return [(rule, finding) for _, rule, finding in self._applied]
+
+    @property
+    def told(self) -> set[str]:
+        """The names of the graph's nodes that findings tell of, or that rules made."""
         told = {name for said in self._declined.values() for one in said for name in one.nodes}
         told.update(node.name for node in (*self._declined, *self._made))
-        return bystanders(self._view, self._rules, told)
+        return told
 
     def _walk(self) -> bool:
         before = len(self._applied)
@@ -125,8 +143,7 @@ class Engine:
                 finding = Finding(
                     anchor, "applied", rule.name, steps, nodes, outcome.became, outcome.notes
                 )
-                self._applied.append((order, finding))
-                self._script.applied.append((rule, finding))
+                self._applied.append((order, rule, finding))
                 return outcome.made
             if rule.pattern.is_group:  # each sibling is told of by itself
                 steps, nodes = (), itself
@@ -153,7 +170,8 @@ class Engine:
         return self._left_out.get(node, chosen) if isinstance(chosen, str) else chosen
 
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
-        if node.op not in _CALLS or self._script.is_over:
+        is_over = self._limit is not None and len(self._applied) >= self._limit
+        if node.op not in _CALLS or is_over:
             return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
@@ -184,8 +202,8 @@ class Engine:
         decided = (
             shared.action
             if shared is not None and only_modules
-            else self._script.decide(
-                rule, site, self._view, () if only_modules else self._destination.elsewhere(site)
+            else decide_everywhere(
+                rule, site, self._view, () if only_modules else self._target.elsewhere(site)
             )
         )
         if isinstance(decided, str):
@@ -200,14 +218,14 @@ class Engine:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
         reason = action_refusal(site, self._view, self._effects, decided, made)
         reason = reason or rereading_refusal(site, made, self._view, self._effects)
-        reason = reason or self._destination.refusal(site, decided, slot, self._effects)
+        reason = reason or self._target.refusal(site, decided, slot, self._effects)
         if reason is not None:
             edits.discard(self._view, made)
             return reason
         if shared is not None:
             targets = [target for target, _ in shared.targets]
         else:
-            named = [self._target(call.slot, call.module) for call in made.calls]
+            named = [self._named(call.slot, call.module) for call in made.calls]
             targets = [target for target, _ in named]
             if named and not any(is_own for _, is_own in named):
                 placed = [(t, c.module) for t, c in zip(targets, made.calls, strict=True)]
@@ -223,7 +241,7 @@ class Engine:
             if each.training != training and id(each) not in self._view.ids:
                 each.training = training
 
-    def _target(self, slot: Link | None, module: nn.Module) -> tuple[str, bool]:
+    def _named(self, slot: Link | None, module: nn.Module) -> tuple[str, bool]:
         """The name for a new module, and whether it is the slot's own."""
         if slot is None:
             return self._view.free_name(type(module).__name__.lower()), False
@@ -243,7 +261,7 @@ class Engine:
         notes = (
             *self._notes(site, modules, made),
             *self._calm_readers(site, made),
-            *self._destination.notes(site),
+            *self._target.notes(site),
         )
         for node in site.nodes:
             self._effects.forget(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -12,12 +12,38 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import RuleError
+from ..ir.graph_view import GraphView
 from ..module_utils.evolve import same_module
 from ..module_utils.state import Snapshot
 from ..rules.actions import Action, Bypass, Replace, Revise, Split
 from ..rules.rules import Rule
 from ..rules.values import Call
+from .bindings import Shown, capture, capture_elsewhere
 from .match import Site
+
+
+def decide_everywhere(
+    rule: Rule[Any], site: Site, view: GraphView, elsewhere: Sequence[Shown | None] = ()
+) -> Action | str:
+    """The action that a rule wants for a site, or the reason why it is refused.
+
+    Args:
+        rule: the rule.
+        site: the site.
+        view: the graph that it is of.
+        elsewhere: what the chain is called on elsewhere, where the rule has to want the same.
+
+    Raises:
+        RuleError: as `decide` says.
+    """
+    answer = decide(rule, site, capture(site, view))
+    for shown in elsewhere:
+        if isinstance(answer, str):
+            break
+        other = decide(rule, site, capture_elsewhere(site, view, shown))
+        if isinstance(other, str) or not same_action(answer, other):
+            answer = _undecided(shown, other)
+    return answer
 
 
 def decide(rule: Rule[Any], site: Site, match: Any) -> Action | str:
@@ -52,6 +78,14 @@ def same_action(one: Action, other: Action) -> bool:
             a is b or (a is not None and b is not None and same_module(a, b)) for a, b in pairs
         )
     return False
+
+
+def _undecided(shown: Shown | None, other: Action | str) -> str:
+    """Why a rule can't have its way where it would not have it at another call."""
+    said = other if isinstance(other, str) else "the rule asks for something else there"
+    if shown is None:
+        return f"it may also be called on nobody knows what: {said}"
+    return f"it is also called on a tensor of shape {tuple(shown[0])}: {said}"
 
 
 def _watched(rule: Rule[Any], site: Site, match: Any) -> Action | str:

@@ -11,8 +11,8 @@ from ..ir.aliases import Effects
 from ..rules.actions import Action
 
 
-class Destination(Protocol):
-    """What the engine asks before it commits."""
+class Target(Protocol):
+    """What a graph is rewritten for; the engine asks it before it commits."""
 
     def refusal(
         self, site: Site, action: Action, slot: Link | None, effects: Effects

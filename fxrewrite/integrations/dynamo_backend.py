@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..engine.replaying import Script
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
 from ..pipeline.applying import apply
@@ -132,7 +131,7 @@ class _Rewriting:
             view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
             read_by = _constants_read(view)
-            applied = apply(view, self._rule_sets, IntoGraph(), Script())
+            applied = apply(view, self._rule_sets, IntoGraph())
             if not applied.is_change:
                 return None
             kept, tensors = self._flatten(view, constants)
