@@ -8,7 +8,6 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .engine.replaying import Script
 from .errors import InputError
 from .explain.report import Report
 from .pipeline.rewriting import Into, Rewriter
@@ -81,12 +80,11 @@ def rewrite(
     if verify is True and example_inputs is None:
         raise InputError("verify=True takes the example inputs, and there are none; give them")
     rewriter = Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
-    script = Script()
-    made, report = rewriter(model, example_inputs, script)
+    made, report, applied = rewriter(model, example_inputs)
     report.check(expect or {})
     if verify is not None and verify is not False:
         inputs = example_inputs if verify is True else verify
-        done = Rewrite(model, made, script, example_inputs, rewriter)
+        done = Rewrite(model, made, applied.sites, example_inputs, rewriter)
         check_rewrite(done, inputs, progress, trials)
     return made, report
 
@@ -152,9 +150,8 @@ def localise(
         FxRewriteError: what `rewrite` raises.
     """
     rewriter = Rewriter(apart(resolve(rules)), into, tracer, leaf_modules)
-    script = Script()
-    made, _ = rewriter(model, example_inputs, script)
-    rewrite = Rewrite(model, made, script, example_inputs, rewriter)
+    made, _, applied = rewriter(model, example_inputs)
+    rewrite = Rewrite(model, made, applied.sites, example_inputs, rewriter)
     return localised(rewrite, inputs, most=most, trials=trials, progress=progress)
 
 

@@ -17,7 +17,6 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.engine.replaying import Replay, Script
 from fxrewrite.pipeline.rewriting import Rewriter
 from fxrewrite.rules.rules import apart
 from fxrewrite.verification.bisect import Rewrite
@@ -245,7 +244,7 @@ def test_a_site_that_breaks_the_model_is_named(how: str) -> None:
     assert found.may_be_more == (how != "gives another shape")
 
 
-# Replaying
+# Doing a rewrite again in part
 
 
 @fxr.pattern
@@ -315,19 +314,18 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("rule", [to_module, to_calls, add_again], ids=lambda rule: rule.name)
-def test_no_rule_is_asked_again_in_the_search(rule: fxr.Rule[Any]) -> None:
-    """A rewrite is replayed without guards and rules, whatever kind of action they decided on."""
+def test_a_rewrite_is_done_again_as_far_as_a_site(rule: fxr.Rule[Any]) -> None:
+    """Each prefix of a rewrite can be had, whatever kind of action the rules decided on."""
     asked.clear()
     model, x = Residual(6).eval(), torch.randn(2, 3)
     rules = apart([fxr.RuleSet("both", [rule, first_only])])
     rewriter = Rewriter(rules, None, None, ())
-    script = Script()
-    made, report = rewriter(model, None, script)
+    made, report, applied = rewriter(model, None)
     count = len(asked)
-    assert len(script.applied) == len(report.applied) == count >= 7
-    rewrite = Rewrite(model, made, script, None, rewriter)
+    assert len(applied.sites) == len(report.applied) == count >= 7
+    rewrite = Rewrite(model, made, applied.sites, None, rewriter)
     prefixes = [rewrite.upto(sites) for sites in range(count + 1)]
-    assert len(asked) == count
+    assert len(asked) == count + sum(range(count + 1))  # none is asked beyond the last site
     assert prefixes[count].code == made.code
     same = [fxr.verify(model, each, x).same for each in prefixes]
     assert same == [True] + [rule is not add_again] * count
@@ -336,23 +334,21 @@ def test_no_rule_is_asked_again_in_the_search(rule: fxr.Rule[Any]) -> None:
 
 @settings(max_examples=25)
 @given(strategies.models())
-def test_a_rewrite_is_replayed_site_by_site(case: tuple[nn.Module, torch.Tensor]) -> None:
+def test_a_rewrite_is_done_again_site_by_site(case: tuple[nn.Module, torch.Tensor]) -> None:
     """Of any model each part of a rewrite is sound, and all of it is the very same rewrite."""
     model, x = case
     rewriter = Rewriter(apart([fxr.get_rule_set("conv_bn")]), None, None, ())
-    script = Script()
-    made, report = rewriter(model, None, script)
+    made, report, _ = rewriter(model, None)
     for sites in range(len(report.applied) + 1):
-        replay = Replay(script, sites)
-        part, told = rewriter(model, None, replay)
-        assert len(told.applied) == len(replay.applied) == sites
+        part, told, again = rewriter(model, None, sites)
+        assert len(told.applied) == len(again.sites) == sites
         assert fxr.verify(model, part, x).same
     assert part.code == made.code
     assert {**part.state_dict()}.keys() == {**made.state_dict()}.keys()
 
 
 def test_a_model_that_traces_differently_each_time_is_an_error() -> None:
-    """A rewrite can't be replayed on another graph, and that is said."""
+    """A rewrite can't be done again on another graph, and that is said."""
     calls: list[int] = []
 
     def forward(net: Any, x: torch.Tensor) -> Any:
@@ -361,10 +357,9 @@ def test_a_model_that_traces_differently_each_time_is_an_error() -> None:
 
     model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn())
     rewriter = Rewriter(apart([fxr.get_rule_set("conv_bn")]), None, None, ())
-    script = Script()
-    made, _ = rewriter(model, None, script)
+    made, _, applied = rewriter(model, None)
     with pytest.raises(fxr.FxRewriteError, match="not traced the same way twice"):
-        Rewrite(model, made, script, None, rewriter).upto(1)
+        Rewrite(model, made, applied.sites, None, rewriter).upto(1)
 
 
 def test_progress_is_told() -> None:

@@ -62,7 +62,7 @@ def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
 def _watched(rule: Rule[Any], site: Site, match: Any, *, exactly: bool) -> Action | Declined:
     """Ask a rule and compare afterwards what it was given."""
     given = list(_given(match))
-    before = Snapshot(given, exact=exactly)
+    before = Snapshot(given)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         answer = _asked(rule, site, match)
         if (changed := before.difference()) is not None:

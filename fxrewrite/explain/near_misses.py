@@ -17,7 +17,7 @@ from ..rules.spec import Pattern, Step
 
 
 @attrs.frozen(eq=False)
-class Bystander:
+class NearMiss:
     """A node that could have been a step of a rule's chain other than its anchor, and was not."""
 
     rule: str
@@ -51,9 +51,9 @@ class _Role:
         return self.within[-1].steps[self.at]
 
 
-def bystanders(
+def near_misses(
     view: GraphView, rules: Sequence[Rule[Any]], told: Collection[str]
-) -> dict[str, tuple[Bystander, ...]]:
+) -> dict[str, tuple[NearMiss, ...]]:
     """For each call that could be a step of a rule's chain, where that chain stopped.
 
     Args:
@@ -64,7 +64,7 @@ def bystanders(
     chains = [rule for rule in rules if not rule.pattern.is_group]  # of a group all are anchors
     roles = [(rule, role) for rule in chains for role in _roles((rule.pattern,), "")]
     by_callee: dict[tuple[str, Any], list[tuple[Rule[Any], _Role]]] = {}
-    found: dict[str, tuple[Bystander, ...]] = {}
+    found: dict[str, tuple[NearMiss, ...]] = {}
     for node in view.graph.nodes:
         if not node.op.startswith("call") or node.name in told:
             continue
@@ -74,9 +74,9 @@ def bystanders(
         for rule, role in by_callee[key]:
             miss = _miss(view, role, node) if accepts(role.step, node, view) else None
             if miss is not None:
-                bystander = Bystander(rule.name, role.name, miss)
+                near = NearMiss(rule.name, role.name, miss)
                 for name in {name_of(node): None, node.name: None}:
-                    found[name] = (*found.get(name, ()), bystander)
+                    found[name] = (*found.get(name, ()), near)
     return found
 
 

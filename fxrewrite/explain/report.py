@@ -12,7 +12,7 @@ from ..engine.report import OUTCOMES, Finding, Outcome
 from ..errors import ExpectationError, UnknownNameError
 from ..tracing.assumptions import Assumption
 from ..tracing.stops import Stop
-from .near_misses import Bystander
+from .near_misses import NearMiss
 from .state_dict_map import Became
 
 _LINES_PER_OUTCOME = 20
@@ -24,8 +24,8 @@ class Report:
 
     `rule_sets` names the rules of each set, `modules` all modules of the model, each with the first
     of its names, `calls` for each layer the calls of functions that are given its tensors, and
-    `nodes` the nodes that were looked at. `bystanders` has what is no anchor, took part in nothing,
-    and might have; `unreached` says of modules why no call of them was looked at. `into` is "graph"
+    `nodes` the nodes that were looked at. `near_misses` has what is no anchor, took part in
+    nothing, and might have; `unreached` says of modules why no call of them was looked at. `into` is "graph"
     or "modules", what the result is; `stops` has each module that could not be traced, and why.
     `assumptions` has what a forward asks that a graph answers once: a graph checks it, and a module
     tree need not. `parameter_names` has for each key of the model's state dict what became of it.
@@ -45,7 +45,7 @@ class Report:
     modules: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     calls: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict, repr=False)
     nodes: frozenset[str] = attrs.field(default=frozenset(), repr=False)
-    bystanders: Mapping[str, tuple[Bystander, ...]] = attrs.field(factory=dict, repr=False)
+    near_misses: Mapping[str, tuple[NearMiss, ...]] = attrs.field(factory=dict, repr=False)
     unreached: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     into: str = "graph"
     stops: tuple[Stop, ...] = ()
@@ -94,9 +94,9 @@ class Report:
         found = list(self.findings)
         if name:
             found = [f for f in found if any(map(f.is_about, names))]
-            near = [one for each in names for one in self.bystanders.get(each, ())]
+            near = [one for each in names for one in self.near_misses.get(each, ())]
             if not found and near:
-                return _of_bystanders(name, near)
+                return _in_words(name, near)
             inside = self._inside(name)
             found = found or [f for f in self.findings if inside(f.anchor)]
         if found:
@@ -108,7 +108,7 @@ class Report:
         reason = next((self.unreached[each] for each in names if each in self.unreached), None)
         if name and reason is not None:
             return f"{name}: {reason}"
-        around = [each for each in self.bystanders if name and inside(each)]
+        around = [each for each in self.near_misses if name and inside(each)]
         if around:
             shown = f"{', '.join(around[:3])}{' and others' if len(around) > 3 else ''}"
             return f"{name}: no match includes anything of it; there might have been one at {shown}"
@@ -190,10 +190,10 @@ class Report:
         return tuple(finding for finding in self.findings if finding.outcome == outcome)
 
 
-def _of_bystanders(name: str, bystanders: Sequence[Bystander]) -> str:
+def _in_words(name: str, near_misses: Sequence[NearMiss]) -> str:
     """What rules say of a node, each reason once."""
     roles: dict[str, dict[str, None]] = {}
-    for each in bystanders:
+    for each in near_misses:
         roles.setdefault(str(each.miss), {})[each.role] = None
     lines = []
     for reason, found in ((reason, list(each)) for reason, each in roles.items()):

@@ -11,14 +11,14 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..engine.replaying import Script
+from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
 from ..pipeline.applying import apply
 from ..rules.registry import Rules, resolve
 from ..rules.rules import RuleSet, apart
 from ..targets.graph_inputs import Input, as_inputs
-from ..targets.graph_module import IntoGraph, graph_module
+from ..targets.graph_module import graph_module
 from ..tracing.tracer import copy_of
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Rewriting:
             view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
             read_by = _constants_read(view)
-            applied = apply(view, self._rule_sets, IntoGraph(), Script())
+            applied = apply(view, self._rule_sets, Target())
             if not applied.is_change:
                 return None
             kept, tensors = self._flatten(view, constants)

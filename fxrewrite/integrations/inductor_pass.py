@@ -12,12 +12,11 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..engine.replaying import Replay, Script
+from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.tree import fresh_name
 from ..pipeline.applying import apply
 from ..rules.rules import RuleSet
-from ..targets.graph_module import IntoGraph
 from ..tracing.tracer import copy_of
 
 
@@ -41,12 +40,11 @@ class InductorPass(CustomGraphPass):
 
     def _apply(self, graph: fx.Graph) -> None:
         root = graph.owning_module or nn.Module()
-        # The rules are asked about a copy, and what they said is then carried out once more.
-        script = Script()
-        apply(GraphView(root, copy_of(graph), {}), self._rule_sets, IntoGraph(), script)
-        if script.applied:
+        # First on a copy, so that where a rule raises the graph is as it was.
+        dry = apply(GraphView(root, copy_of(graph), {}), self._rule_sets, Target())
+        if dry.is_change:
             view = GraphView(root, graph, {})
-            apply(view, self._rule_sets, IntoGraph(), Replay(script, len(script.applied)))
+            apply(view, self._rule_sets, Target(), len(dry.sites))
             _install(view, root)
             graph.lint()
 

@@ -9,15 +9,15 @@ import attrs
 
 from ..dialects.lifting import Lifting
 from ..dialects.lowering import lower
-from ..engine.driver import Engine
-from ..engine.replaying import Script
+from ..engine.driver import Driver
 from ..engine.report import Finding
-from ..engine.target import Destination
+from ..engine.target import Target
 from ..explain.coverage import Reach, is_anchor, not_lifted
+from ..explain.near_misses import NearMiss, near_misses
 from ..explain.report import Report
 from ..explain.state_dict_map import Renamed
 from ..ir.graph_view import GraphView
-from ..rules.rules import RuleSet
+from ..rules.rules import Rule, RuleSet
 from ..tracing.stops import Stop
 
 
@@ -27,7 +27,8 @@ class Applied:
 
     rule_sets: Sequence[RuleSet]
     findings: tuple[Finding, ...]
-    bystanders: Any
+    sites: tuple[tuple[Rule[Any], Finding], ...]
+    near_misses: Mapping[str, tuple[NearMiss, ...]]
     reach: Reach
     nodes: frozenset[str]
     became: Mapping[str, str]
@@ -50,7 +51,7 @@ class Applied:
             self.reach.names,
             self.reach.calls,
             self.nodes,
-            self.bystanders,
+            self.near_misses,
             self.reach.unreached,
             into,
             self.stops,
@@ -59,36 +60,39 @@ class Applied:
 
 
 def apply(
-    view: GraphView, rule_sets: Sequence[RuleSet], destination: Destination, script: Script
+    view: GraphView, rule_sets: Sequence[RuleSet], target: Target, limit: int | None = None
 ) -> Applied:
-    """Edit the view's graph as the rules say; what is asked and done is in the script."""
-    return apply_to_parts(view.modules, {view: destination}, rule_sets, script)
+    """Edit the view's graph as the rules say, at so many sites at most."""
+    return apply_to_parts(view.modules, {view: target}, rule_sets, limit=limit)
 
 
 def apply_to_parts(
     modules: Mapping[str, Any],
-    views: Mapping[GraphView, Destination],
+    views: Mapping[GraphView, Target],
     rule_sets: Sequence[RuleSet],
-    script: Script,
     stops: Sequence[Stop] = (),
+    limit: int | None = None,
 ) -> Applied:
-    """Edit the graphs of a model's parts, each with its destination, as the rules say.
+    """Edit the graphs of a model's parts, each with its target, as the rules say.
 
     `modules` are all of the model by qualified name, and `stops` what of it could not be traced.
+    `limit` is how many sites to rewrite at most, of all parts together.
     """
     rules = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
     nodes = frozenset(view.shown(node.name) for view in views for node in view.graph.nodes)
     liftings = {view: Lifting(view, rules) for view in views}
     reach = Reach(modules, liftings, stops, rules)
     findings: list[Finding] = []
-    bystanders: dict[str, Any] = {}
+    sites: list[tuple[Rule[Any], Finding]] = []
+    near: dict[str, tuple[NearMiss, ...]] = {}
     lowered: dict[str, str] = {}
-    for view, destination in views.items():
-        engine = Engine(view, rules, destination, script)
-        found = (*engine.run(), *not_lifted(liftings[view], rules))
+    for view, target in views.items():
+        driver = Driver(view, rules, target, None if limit is None else limit - len(sites))
+        found = (*driver.run(), *not_lifted(liftings[view], rules))
         findings += [each.renamed(view.shown) for each in found] if view.part else found
-        for name, said in engine.bystanders().items():
-            bystanders[view.shown(name)] = (*bystanders.get(view.shown(name), ()), *said)
+        sites += driver.applied
+        for name, said in near_misses(view, rules, driver.told).items():
+            near[view.shown(name)] = (*near.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
     findings += reach.findings()
     became = {name: each.became for each in findings if each.became for _, name in each.steps}
@@ -105,7 +109,8 @@ def apply_to_parts(
     return Applied(
         rule_sets,
         tuple(findings),
-        bystanders,
+        tuple(sites),
+        near,
         reach,
         nodes,
         became,

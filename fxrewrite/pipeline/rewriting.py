@@ -11,21 +11,21 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ..engine.replaying import Script
+from ..engine.target import Target
 from ..errors import FxRewriteError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
 from ..rules.rules import RuleSet, leaf_types, wanted_types
 from ..targets.evidence import Witness
 from ..targets.exported_program import Program
-from ..targets.graph_module import IntoGraph, graph_module
+from ..targets.graph_module import graph_module
 from ..targets.module_copy import copied
 from ..targets.module_tree import IntoModules
 from ..targets.reading.flows import Flows
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
 from ..tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
-from .applying import apply, apply_to_parts
+from .applying import Applied, apply, apply_to_parts
 
 Into = Literal["graph", "modules"]
 
@@ -39,12 +39,14 @@ class Rewriter:
     tracer: fx.Tracer | type[fx.Tracer] | None
     leaf_modules: LeafModules
 
-    def __call__(self, model: Any, example_inputs: Any, script: Script) -> tuple[Any, Report]:
-        """The rewritten model and the report; what is asked and done is in the script."""
+    def __call__(
+        self, model: Any, example_inputs: Any, limit: int | None = None
+    ) -> tuple[Any, Report, Applied]:
+        """The rewritten model, the report, and what was done, at so many sites at most."""
         rules = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
         leaves = (*leaf_types(rules), *checked_leaves(self.leaf_modules))
         if isinstance(model, ExportedProgram):
-            return self._program(model, script)
+            return self._program(model, limit)
         start = attempt_as_graph if self.into == "graph" else attempt
         whole = start(model, leaves, self.tracer)
         is_graph = whole.is_whole and not whole.decides
@@ -69,7 +71,7 @@ class Rewriter:
 
                 record_shapes(graph_module(views[0]), _as_tuple(example_inputs))
             if into == "graph":
-                applied = apply(views[0], self.rule_sets, IntoGraph(), script)
+                applied = apply(views[0], self.rule_sets, Target(), limit)
                 made: nn.Module = graph_module(views[0])
             else:
                 is_run, witness = example_inputs is not None, None
@@ -83,21 +85,21 @@ class Rewriter:
                     views[-1].remarks.update(remarks)
                 trees = {view: IntoModules(view, flows, witness) for view in views}
                 stops = tuple(parts.stops.values())
-                applied = apply_to_parts(modules, trees, self.rule_sets, script, stops)
+                applied = apply_to_parts(modules, trees, self.rule_sets, stops, limit)
                 replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
                 made = copied(model, replaced)
         report = applied.report(model, made, into)
         if whole.is_whole and (into == "graph" or self.into is None):
             report = attrs.evolve(report, assumptions=whole.assumptions)
-        return made, report
+        return made, report, applied
 
-    def _program(self, model: ExportedProgram, script: Script) -> tuple[Any, Report]:
+    def _program(self, model: ExportedProgram, limit: int | None) -> tuple[Any, Report, Applied]:
         with torch.inference_mode(False), torch.no_grad():
             program = Program(model)
             view = program.view()
-            applied = apply(view, self.rule_sets, program, script)
+            applied = apply(view, self.rule_sets, program, limit)
             made = program.finished(view)
-        return made, applied.report(model, made, "graph")
+        return made, applied.report(model, made, "graph"), applied
 
 
 def _record_shapes_of_parts(parts: Parts, views: Sequence[GraphView], witness: Witness) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import attrs
 from torch import nn
 from torch.export import ExportedProgram
 
-from ..engine.replaying import NOT_THE_SAME, Replay, Script
 from ..engine.report import Finding
 from ..errors import FxRewriteError, InputError, VerificationError
-from ..explain.report import Report
 from ..ir.describe import in_one_line
 from ..module_utils.nested import mapped
 from ..module_utils.running import in_float64, widened
@@ -23,10 +21,10 @@ from .verify import Progress, Verification, inputs_of_trial, verify
 # In float64 a right rewrite agrees with its original to about this, relatively.
 _EXACT = 1e-9
 _SEARCHING = "searching for the site to blame"
+_NOT_THE_SAME = "the model is not traced the same way twice, so no rewrite of it can be done again"
 
-
-Rewriter: TypeAlias = Callable[[Any, Any, Script], tuple[Any, Report]]
-"""Makes the rewritten model out of a model, example inputs and a script."""
+Sites: TypeAlias = Sequence[tuple[Rule[Any], Finding]]
+"""Sites in the order in which they were rewritten, each with its rule."""
 
 
 @attrs.frozen(eq=False)
@@ -35,9 +33,9 @@ class Rewrite:
 
     model: Any
     made: Any
-    script: Script
+    sites: Sites
     example_inputs: Any
-    again: Rewriter
+    again: Any
 
     @property
     def original(self) -> nn.Module:
@@ -51,17 +49,15 @@ class Rewrite:
 
     def upto(self, sites: int) -> nn.Module:
         """The model with only the first sites rewritten, in the order in which they were."""
-        replay = Replay(self.script, sites)
-        made, _ = self.again(self.model, self.example_inputs, replay)
-        if len(replay.applied) < sites:
-            raise FxRewriteError(NOT_THE_SAME)
+        made, _, applied = self.again(self.model, self.example_inputs, sites)
+        if _told(applied.sites) != _told(self.sites[:sites]):
+            raise FxRewriteError(_NOT_THE_SAME)
         return _runnable(made)
 
     def of(self, model: nn.Module, example_inputs: Any) -> Rewrite:
         """The same rules applied to another model."""
-        script = Script()
-        made, _ = self.again(model, example_inputs, script)
-        return Rewrite(model, made, script, example_inputs, self.again)
+        made, _, applied = self.again(model, example_inputs)
+        return Rewrite(model, made, applied.sites, example_inputs, self.again)
 
 
 @attrs.frozen(eq=False)
@@ -189,7 +185,7 @@ def _in_float64(
 class _Search:
     """Bisects the sites of a rewrite, comparing the model with the first so many rewritten.
 
-    The decisions of the rewrite are replayed; no rule is asked again.
+    Rules are pure, so the rewrite is done again as far as some site.
     """
 
     def __init__(
@@ -204,7 +200,7 @@ class _Search:
         self._inputs = inputs
         self._progress = progress
         self._rtol = rtol
-        self._sites = len(rewrite.script.applied)
+        self._sites = len(rewrite.sites)
         self._models: dict[int, nn.Module] = {self._sites: rewrite.rewritten}
         self._compared = 0
         self._expected = 0
@@ -222,7 +218,7 @@ class _Search:
                     self.may_be_more = True
                     break
                 done = self._first_after(done)
-                rule, finding = self._rewrite.script.applied[done - 1]
+                rule, finding = self._rewrite.sites[done - 1]
                 alone = None if self._rtol is None else self._rtol / self._sites
                 adds_up = self._same(self._upto(done - 1), self._upto(done), alone)
                 found.append(Guilty(rule, finding, adds_up))
@@ -262,6 +258,11 @@ class _Search:
             return verify(one, other, self._inputs, rtol=rtol or self._rtol).same
         except InputError:  # a guilty site may leave a model that raises
             return False
+
+
+def _told(sites: Sites) -> list[tuple[Any, ...]]:
+    """What makes sites of two rewrites the same: rule, nodes, and what became of them."""
+    return [(rule, each.anchor, each.nodes, each.became) for rule, each in sites]
 
 
 def _runnable(model: Any) -> nn.Module:
