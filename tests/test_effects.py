@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite.ir.aliases import Effects, is_fresh, written_by
+from fxrewrite.ir.aliases import is_fresh, written_by
 from fxrewrite.ir.graph_view import GraphView
 
 
@@ -152,9 +152,9 @@ def test_storage_is_a_value_and_all_that_it_may_be_a_view_of():
         return a + y
 
     view = view_of(Model(forward))
-    names = {node.name for node in Effects(view).storage(node_named(view, "getitem"))}
+    names = {node.name for node in view.storage(node_named(view, "getitem"))}
     assert names == {"getitem", "view", "tanh"}
-    assert Effects(view).storage(node_named(view, "add")) == {node_named(view, "add")}
+    assert view.storage(node_named(view, "add")) == {node_named(view, "add")}
 
 
 def test_writes_are_found_in_order_and_between_two_nodes():
@@ -166,14 +166,14 @@ def test_writes_are_found_in_order_and_between_two_nodes():
         return torch.cos(b).neg_()
 
     view = view_of(Model(forward))
-    effects, at = Effects(view), lambda name: node_named(view, name)
-    between = lambda a, b: [n.name for n in effects.writes_between(at(a), at(b))]  # noqa: E731
+    at = lambda name: node_named(view, name)
+    between = lambda a, b: [n.name for n in view.writes_between(at(a), at(b))]  # noqa: E731
     assert between("tanh", "sin") == ["add_"]
     assert between("x", "neg_") == ["add_", "mul_"]
     assert between("sin", "sin") == between("add_", "mul_") == []
-    effects.forget(at("mul_"))
+    view.forget_write(at("mul_"))
     assert between("x", "neg_") == ["add_"]
-    effects.note(at("mul_"))
+    view.note_write(at("mul_"))
     assert between("cos", "neg_") == []
     assert "mul_" in between("x", "neg_")
 
@@ -185,11 +185,10 @@ def test_a_later_write_to_a_value_or_to_a_view_of_it_is_found():
         return a + b
 
     view = view_of(Model(forward))
-    effects = Effects(view)
     tanh, other, zero = (node_named(view, name) for name in ("tanh", "tanh_1", "zero_"))
-    assert effects.later_write(tanh, after=tanh) is zero
-    assert effects.later_write(tanh, after=zero) is None
-    assert effects.later_write(other, after=tanh) is None
+    assert view.later_write(tanh, after=tanh) is zero
+    assert view.later_write(tanh, after=zero) is None
+    assert view.later_write(other, after=tanh) is None
 
 
 def test_tensors_of_the_model_that_its_forward_writes_to_are_known():
@@ -198,8 +197,7 @@ def test_tensors_of_the_model_that_its_forward_writes_to_are_known():
         return x + m.buffer
 
     model = Model(forward)
-    effects = Effects(view_of(model))
-    assert effects.written_tensors == {id(model.buffer)}
+    assert view_of(model).written_tensors == {id(model.buffer)}
 
 
 class Copy(nn.Module):

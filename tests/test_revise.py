@@ -99,7 +99,7 @@ def test_sites_that_differ_in_shape_share_modules_that_come_out_alike():
     ("steps", "words"),
     [
         ({"norm": None}, "it revised 'norm'; the pattern's steps are conv, drop, bn, act"),
-        ({"bn": 3}, r"Revise\(bn=3\), which is no module"),
+        ({"bn": 3}, r"Revise\(bn=3\), and 3 is not a module"),
     ],
 )
 def test_what_is_no_revision_is_an_error(steps, words):

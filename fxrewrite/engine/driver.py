@@ -88,7 +88,9 @@ class Driver:
                 self._pending = [node] if not is_erased(node) else []
                 while self._pending:  # what a rule makes is looked at before the walk goes on
                     self._pending += reversed(self._visit(self._pending.pop()))
-            nodes = sorted(node for node, at in self._tried.items() if at < len(self.applied))
+            before = len(self.applied)
+            again = (node for node, at in self._tried.items() if at < before)
+            nodes = sorted(node for node in again if not is_erased(node))
 
     def _visit(self, node: fx.Node) -> list[fx.Node]:
         """Rewrite at this anchor by the first rule that may; gives the nodes that it makes."""

@@ -64,16 +64,19 @@ def known_values(view: Overlay, nodes: Sequence[fx.Node]) -> tuple[list[Any], Fa
     return [_known(view, node, mode) for node in nodes], mode
 
 
-def evaluate_on_fakes(view: Overlay, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+def evaluate_on_fakes(
+    view: Overlay, node: fx.Node, known: Mapping[fx.Node, Any], like: fx.Node
+) -> Any:
     """What a node gives for the fake tensors that are recorded, or for others that are `known`.
+
+    `like` is a node that a fake tensor is recorded of.
 
     Raises:
         Exception: whatever running it raises, an operator that has no form without data included.
     """
-    read = [known.get(each, each.meta.get("val")) for each in node.all_input_nodes]
-    mode = _mode(*read)
+    mode = _mode(like.meta["val"])
     if mode is None:
-        raise ValueError(f"nothing is known of what {node.name} reads")
+        raise ValueError(f"nothing is known of {like.name}")
     return _value(view, node, mode, known)
 
 

@@ -99,13 +99,13 @@ class Program(Target):
             if isinstance(step, Kept):
                 reads = known.get(step.reads, step.reads.meta["val"])
                 taken = {**known, step.link.source: reads}
-                known[step.node] = evaluate_on_fakes(self._view, step.node, taken)
+                known[step.node] = evaluate_on_fakes(self._view, step.node, taken, like=edit.reads[0])
             else:
                 args = [known.get(each, each.meta["val"]) for each in step.reads]
                 known[step.node] = run_on_fakes(step.module, args, {})
         for node in edit.nodes:
             if node not in known:
-                known[node] = evaluate_on_fakes(self._view, node, known)
+                known[node] = evaluate_on_fakes(self._view, node, known, like=edit.reads[0])
         given = edit.parts or (edit.result,)
         return [known[each] if each in known else each.meta["val"] for each in given]
 
