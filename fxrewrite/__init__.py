@@ -35,9 +35,10 @@ from .module_utils.tree import (
 )
 from .rules.actions import Action, Bypass, Call, Replace, Revise, Split
 from .rules.declare import call, chain, pattern, pattern_of, siblings
+from .rules.declare_rule import rule
 from .rules.guards import Declined, Guard, known_rank, known_shape
 from .rules.registry import get_rule_set, register, rule_set_names
-from .rules.rules import Rule, RuleSet, rule
+from .rules.rule import Rule, RuleSet
 from .rules.spec import Pattern, Step
 from .rules.values import Siblings, Value
 from .verification.bisect import Guilty, Localisation

@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from .errors import InputError
 from .explain.report import Report
 from .pipeline.rewriting import Into, Rewriter
+from .pipeline.rule_lists import apart
 from .rules.registry import Rules, resolve
-from .rules.rules import apart
 from .tracing.tracer import LeafModules
 from .verification.bisect import Localisation, Rewrite, check_rewrite, localised
 from .verification.verify import Progress

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import fxrewrite as fxr
 from fxrewrite.pipeline.rewriting import Rewriter
-from fxrewrite.rules.rules import apart
+from fxrewrite.pipeline.rule_lists import apart
 from fxrewrite.verification.bisect import Rewrite
 
 

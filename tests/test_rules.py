@@ -52,9 +52,7 @@ def test_a_decorator_with_arguments_overrides_what_the_function_says():
     def guard(m):
         return None
 
-    @fxr.rule(
-        where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True
-    )
+    @fxr.rule(where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True)
     def drop(m: Relu):
         return fxr.Bypass()
 

@@ -22,7 +22,7 @@ from ..errors import FxRewriteError, TraceError, UnknownRuleSetError
 from ..explain.report import Report
 from ..module_utils.running import SEED, run_original, short
 from ..rules.registry import get_rule_set, rule_set_names
-from ..rules.rules import RuleSet
+from ..rules.rule import RuleSet
 from ..verification.verify import verify
 from .explain import explain_command
 from .loading import build_model, load_weights

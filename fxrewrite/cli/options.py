@@ -12,7 +12,7 @@ from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
 from ..rules.registry import get_rule_set
-from ..rules.rules import RuleSet
+from ..rules.rule import RuleSet
 from ..verification.verify import Progress
 
 Model = Annotated[

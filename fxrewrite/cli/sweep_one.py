@@ -19,7 +19,7 @@ from ..module_utils.nested import mapped
 from ..module_utils.running import run, short, widened
 from ..pipeline.rewriting import Into
 from ..rules.registry import get_rule_set
-from ..rules.rules import RuleSet
+from ..rules.rule import RuleSet
 from ..verification.verify import Verification, verify
 from .randomising import randomise_batch_norms, randomise_constants
 from .sweep_models import Subject, build, inputs_to_try

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..module_utils.tree import _parent_name
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 from .op_table import SPELLINGS, Spelling
 from .semantics import Transposed, output_rank

@@ -16,7 +16,7 @@ from ..ir.inplace_activations import calm
 from ..module_utils.parametrization import is_parametrized
 from ..rules.actions import Action
 from ..rules.guards import Declined
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from .alias_checks import alias_refusal
 from .editing import Edit, NewCall, commit, discard, prepare
 from .evaluation import evaluate, failure

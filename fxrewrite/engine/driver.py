@@ -12,7 +12,7 @@ from ..ir.describe import name_of
 from ..ir.graph_view import GraphView
 from ..ir.overlay import is_erased
 from ..rules.guards import Declined
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from .applying import Applied, SiteRewriter
 from .evaluation import failure
 from .match import Alone, Miss, Site

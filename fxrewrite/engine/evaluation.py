@@ -16,7 +16,7 @@ from ..ir.graph_view import GraphView
 from ..module_utils.state import Snapshot
 from ..rules.actions import Action, Call, Split
 from ..rules.guards import Declined
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from .bindings import Shown, capture, capture_elsewhere
 from .match import Site
 

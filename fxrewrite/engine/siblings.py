@@ -13,7 +13,7 @@ from ..ir.graph_view import GraphView
 from ..ir.strides import told_apart
 from ..module_utils.parametrization import without_parametrizations
 from ..rules.guards import Declined
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 from .evaluation import failure
 from .legality import refusal

@@ -13,7 +13,7 @@ from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
 from ..module_utils.tree import _parent_name
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from ..tracing.stops import Stop
 
 

@@ -12,7 +12,7 @@ from ..engine.match import Miss
 from ..engine.matcher import FOUND_AT_MOST, Matcher, accepts, calls
 from ..ir.describe import Seen, name_of
 from ..ir.graph_view import GraphView
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 
 

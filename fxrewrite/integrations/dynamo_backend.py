@@ -15,8 +15,9 @@ from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
 from ..pipeline.applying import apply
+from ..pipeline.rule_lists import apart
 from ..rules.registry import Rules, resolve
-from ..rules.rules import RuleSet, apart
+from ..rules.rule import RuleSet
 from ..targets.graph_inputs import Input, as_inputs
 from ..targets.graph_module import graph_module
 from ..tracing.tracer import copy_of

@@ -16,7 +16,7 @@ from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.tree import fresh_name
 from ..pipeline.applying import apply
-from ..rules.rules import RuleSet
+from ..rules.rule import RuleSet
 from ..tracing.tracer import copy_of
 
 

@@ -17,7 +17,7 @@ from ..explain.near_misses import NearMiss, near_misses
 from ..explain.report import Report
 from ..explain.state_dict_map import Renamed
 from ..ir.graph_view import GraphView
-from ..rules.rules import Rule, RuleSet
+from ..rules.rule import Rule, RuleSet
 from ..tracing.stops import Stop
 
 

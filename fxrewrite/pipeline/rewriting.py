@@ -15,7 +15,7 @@ from ..engine.target import Target
 from ..errors import FxRewriteError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
-from ..rules.rules import RuleSet, leaf_types, wanted_types
+from ..rules.rule import RuleSet
 from ..targets.evidence import Witness
 from ..targets.exported_program import Program
 from ..targets.graph_module import graph_module
@@ -26,6 +26,7 @@ from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
 from ..tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
 from .applying import Applied, apply, apply_to_parts
+from .rule_lists import leaf_types, wanted_types
 
 Into = Literal["graph", "modules"]
 

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
 from ..errors import PatternError, UnknownRuleSetError
-from .rules import Rule, RuleSet
+from .rule import Rule, RuleSet
 
 ENTRY_POINT_GROUP = "fxrewrite.rule_sets"
 

@@ -99,7 +99,9 @@ class Program(Target):
             if isinstance(step, Kept):
                 reads = known.get(step.reads, step.reads.meta["val"])
                 taken = {**known, step.link.source: reads}
-                known[step.node] = evaluate_on_fakes(self._view, step.node, taken, like=edit.reads[0])
+                known[step.node] = evaluate_on_fakes(
+                    self._view, step.node, taken, like=edit.reads[0]
+                )
             else:
                 args = [known.get(each, each.meta["val"]) for each in step.reads]
                 known[step.node] = run_on_fakes(step.module, args, {})

@@ -20,8 +20,9 @@ from fxrewrite.errors import FxRewriteError, TraceError
 from fxrewrite.explain.report import Report
 from fxrewrite.ir.describe import name_of
 from fxrewrite.ir.graph_view import GraphView
+from fxrewrite.pipeline.rule_lists import leaf_types, wanted_types
 from fxrewrite.rules.registry import Rules, resolve
-from fxrewrite.rules.rules import Rule, leaf_types, wanted_types
+from fxrewrite.rules.rule import Rule
 from fxrewrite.rules.spec import Pattern
 from fxrewrite.targets.module_copy import NotCopiedError
 from fxrewrite.tracing.parts import Parts

@@ -14,7 +14,7 @@ from ..errors import FxRewriteError, InputError, VerificationError
 from ..ir.describe import in_one_line
 from ..module_utils.nested import mapped
 from ..module_utils.running import in_float64, widened
-from ..rules.rules import Rule
+from ..rules.rule import Rule
 from .compare import usual_error
 from .verify import Progress, Verification, inputs_of_trial, verify
 
