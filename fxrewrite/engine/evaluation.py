@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import RuleError
 from ..ir.graph_view import GraphView
 from ..module_utils.state import Snapshot
+from ..module_utils.tensors import is_finite, named_tensors
 from ..rules.actions import Action, Call, Split
 from ..rules.guards import Declined
 from ..rules.rule import Rule
@@ -128,7 +128,7 @@ def _given(match: Any) -> Iterator[Any]:
 def _not_finite(action: Action, given: Sequence[Any]) -> str | None:
     """The reason to refuse an action whose new tensors hold infinities or NaN."""
     for name, tensor in action.tensors():
-        if not _is_finite(tensor) and all(tensor is not each for each in _tensors_of(given)):
+        if not is_finite(tensor) and not any(tensor is each for each in _tensors_of(given)):
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"the new {name} would not be finite in {dtype}"
     return None
@@ -136,18 +136,5 @@ def _not_finite(action: Action, given: Sequence[Any]) -> str | None:
 
 def _tensors_of(given: Sequence[Any]) -> Iterator[torch.Tensor]:
     for each in given:
-        if isinstance(each, nn.Module):
-            yield from (*each.parameters(), *each.buffers())
-        elif isinstance(each, torch.Tensor):
-            yield each
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
-        return True
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # A sum shows any infinity or NaN at a fourth of the cost, but it may overflow by itself.
-    if tensor.dtype.itemsize > 1 and cmath.isfinite(tensor.sum().item()):
-        return True
-    return bool(torch.isfinite(tensor.to(torch.complex128)).all())
+        held = named_tensors(each) if isinstance(each, nn.Module) else [("", each)]
+        yield from (tensor for _, tensor in held if isinstance(tensor, torch.Tensor))

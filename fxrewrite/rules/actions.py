@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..module_utils.evolve import same_module
+from ..module_utils.tensors import named_tensors
 from .spec import Pattern
 from .values import Value
 
@@ -48,7 +49,7 @@ class Action:
         """The tensors that it brings, by name."""
         for module in self.modules.values():
             if module is not None:
-                yield from _tensors_in(module)
+                yield from named_tensors(module)
 
     def _settings(self) -> Any:
         """All of it but the modules."""
@@ -231,11 +232,3 @@ class Call(Action):
 
 def _alike(one: nn.Module | None, other: nn.Module | None) -> bool:
     return one is other or (one is not None and other is not None and same_module(one, other))
-
-
-def _tensors_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    if not module._modules:  # named_parameters() and named_buffers() cost more than the check
-        held = (*module._parameters.items(), *module._buffers.items())
-        yield from ((name, tensor) for name, tensor in held if tensor is not None)
-    else:
-        yield from (*module.named_parameters(), *module.named_buffers())

@@ -22,20 +22,6 @@ from .values import Alike, Siblings, Value
 T = TypeVar("T")
 
 
-@attrs.frozen
-class _CallTargets:
-    targets: tuple[Any, ...]
-    chain: str | tuple[str, ...] | None
-    side_inputs: bool
-
-
-@attrs.frozen
-class _SiblingTargets:
-    dim: int
-    keeps_sizes: bool
-    alike: Alike | None
-
-
 def call(
     *targets: type[nn.Module] | Callable[..., Any] | str,
     chain: str | tuple[str, ...] | None = None,
@@ -64,7 +50,17 @@ def call(
     """
     if not targets:
         raise PatternError("call() needs at least one module type, function or method name")
-    return _CallTargets(targets, chain, side_inputs)
+    modules: tuple[Any, ...] = tuple(each for each in targets if _is_module_type(each))
+    methods = tuple(each for each in targets if isinstance(each, str))
+    functions: tuple[Any, ...] = tuple(t for t in targets if t not in (*modules, *methods))
+    for each in functions:
+        if not callable(each) or isinstance(each, type | nn.Module):
+            raise PatternError(
+                f"call() takes module types, functions and method names, not {each!r}"
+            )
+    return Step(
+        "", modules, functions, methods, captures_call=True, chain=chain, side_inputs=side_inputs
+    )
 
 
 def siblings(*, dim: int, keeps_sizes: bool = False, alike: Alike | None = None) -> Any:
@@ -85,7 +81,7 @@ def siblings(*, dim: int, keeps_sizes: bool = False, alike: Alike | None = None)
             read one value, those whose modules give the same are siblings, so one value may have
             several groups. It must change nothing that it is given.
     """
-    return _SiblingTargets(dim, keeps_sizes, alike)
+    return Step("", siblings=True, dim=dim, keeps_sizes=keeps_sizes, alike=alike)
 
 
 def chain(anchor: str | None = None, /, **steps: Any) -> type[Any]:
@@ -99,8 +95,8 @@ def chain(anchor: str | None = None, /, **steps: Any) -> type[Any]:
         anchor: the step to look for first, as in `pattern`.
         steps: by name, what would be the field's annotation, or a `call(...)`.
     """
-    annotations = {k: Call if isinstance(v, _CallTargets) else v for k, v in steps.items()}
-    calls = {k: v for k, v in steps.items() if isinstance(v, _CallTargets)}
+    annotations = {k: Call if isinstance(v, Step) else v for k, v in steps.items()}
+    calls = {k: v for k, v in steps.items() if isinstance(v, Step)}
     name = "".join(part.title() for step in steps for part in step.split("_")) or "Empty"
     namespace = {"__annotations__": annotations, "__module__": __name__, **calls}
     return _declare(type(name, (), namespace), anchor, {})
@@ -192,7 +188,7 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
         if name not in no_steps
     )
     if branches:
-        _check_branches(cls, branches, steps, list(hints))
+        _check_branches(cls.__name__, branches, steps, list(hints))
     if any(step.siblings for step in steps) and (branches or len(steps) > 1):
         raise PatternError(f"{cls.__name__}: a group of siblings is the only step of its pattern")
     for step in steps[1:] if branches else steps:
@@ -237,30 +233,27 @@ def _branch(name: str, hint: Any) -> Branch | None:
 
 
 def _check_branches(
-    cls: type[Any], branches: tuple[Branch, ...], steps: tuple[Step, ...], names: list[str]
+    where: str, branches: tuple[Branch, ...], steps: tuple[Step, ...], names: list[str]
 ) -> None:
-    last = max(names.index(branch.name) for branch in branches)
-    join = next(iter(steps), None)
+    join, wrong = next(iter(steps), None), ""
     if join is None or not join.captures_call or join.optional:
-        raise PatternError(
-            f"{cls.__name__}: after its branches there must be a step that joins them, declared "
-            "as `name: Call = call(...)`"
+        wrong = (
+            "after its branches there must be a step that joins them, declared as "
+            "`name: Call = call(...)`"
         )
-    if names.index(join.name) != last + 1:
-        raise PatternError(
-            f"{cls.__name__}: branches come before all steps, and the step {join.name!r} right "
-            "after them joins them"
+    elif names.index(join.name) != 1 + max(names.index(branch.name) for branch in branches):
+        wrong = (
+            f"branches come before all steps, and the step {join.name!r} right after them joins "
+            "them"
         )
-    if len(branches) < 2 or all(branch.optional for branch in branches):
-        raise PatternError(
-            f"{cls.__name__}: {join.name!r} needs two branches to join, and one that is not empty"
-        )
-    if join.chain is not None and (
+    elif len(branches) < 2 or all(branch.optional for branch in branches):
+        wrong = f"{join.name!r} needs two branches to join, and one that is not empty"
+    elif join.chain is not None and (
         not isinstance(join.chain, tuple) or len(join.chain) != len(branches)
     ):
-        raise PatternError(
-            f"{cls.__name__}.{join.name}: chain= must name one argument for each branch"
-        )
+        wrong = f"chain= of {join.name!r} must name one argument for each branch"
+    if wrong:
+        raise PatternError(f"{where}: {wrong}")
 
 
 def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
@@ -268,62 +261,31 @@ def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
     return declared.steps if isinstance(declared, Pattern) else ()
 
 
-def _step(cls: type[Any], name: str, hint: Any, default: Any) -> Step:
-    where = f"{cls.__name__}.{name}"
-    if typing.get_origin(hint) is Siblings:
-        return _group(where, name, typing.get_args(hint)[0], default)
-    repeats = typing.get_origin(hint) is tuple
-    if repeats:
-        if len(typing.get_args(hint)) != 2 or typing.get_args(hint)[1] is not Ellipsis:
-            raise PatternError(f"{where}: write tuple[A, ...] for any number of steps")
+def _step(cls: type[Any], name: str, hint: Any, declared: Any) -> Step:
+    """The step that a field's annotation declares, with what `call()` or `siblings()` say of it."""
+    where, origin = f"{cls.__name__}.{name}", typing.get_origin(hint)
+    repeats = origin is tuple
+    if repeats and (len(typing.get_args(hint)) != 2 or typing.get_args(hint)[1] is not Ellipsis):
+        raise PatternError(f"{where}: write tuple[A, ...] for any number of steps")
+    if repeats or origin is Siblings:
         hint = typing.get_args(hint)[0]
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
     optional = repeats or type(None) in kinds
     kinds = tuple(kind for kind in kinds if kind is not type(None))
-    if isinstance(default, _CallTargets):
-        if kinds != (Call,):
-            raise PatternError(f"{where}: a step given by call(...) is annotated as Call")
-        modules, functions, methods = _sorted_targets(where, default.targets)
-        return Step(
-            name,
-            modules,
-            functions,
-            methods,
-            optional,
-            repeats,
-            captures_call=True,
-            chain=default.chain,
-            side_inputs=default.side_inputs,
-        )
-    if default is not None or Call in kinds:
+    step = declared if isinstance(declared, Step) else Step("")
+    if step.siblings is not (origin is Siblings):
+        raise PatternError(f"{where}: a group is declared `{name}: Siblings[A] = siblings(...)`")
+    if step.captures_call is not (kinds == (Call,)) or (
+        declared is not None and step is not declared
+    ):
         raise PatternError(f"{where}: a Call step is declared as `{name}: Call = call(...)`")
+    if step.captures_call:
+        return attrs.evolve(step, name=name, optional=optional, repeats=repeats)
     wrong = [kind for kind in kinds if not _is_module_type(kind)]
     if wrong or not kinds:
         found = wrong[0] if wrong else hint
         raise PatternError(f"{where}: expected a subclass of nn.Module, found {found!r}")
-    return Step(name, kinds, optional=optional, repeats=repeats)
-
-
-def _group(where: str, name: str, hint: Any, default: Any) -> Step:
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if not all(map(_is_module_type, kinds)):
-        raise PatternError(f"{where}: siblings are calls of modules; {hint!r} is no module type")
-    if not isinstance(default, _SiblingTargets):
-        raise PatternError(f"{where}: a group is declared `{name}: Siblings[A] = siblings(...)`")
-    about = attrs.asdict(default, recurse=False)
-    return Step(name, kinds, siblings=True, **about)
-
-
-def _sorted_targets(where: str, targets: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    modules = tuple(t for t in targets if _is_module_type(t))
-    methods = tuple(t for t in targets if isinstance(t, str))
-    functions = tuple(t for t in targets if t not in modules and t not in methods)
-    for function in functions:
-        if not callable(function) or isinstance(function, type | nn.Module):
-            raise PatternError(
-                f"{where}: call() takes module types, functions and method names, not {function!r}"
-            )
-    return modules, functions, methods
+    return attrs.evolve(step, name=name, modules=kinds, optional=optional, repeats=repeats)
 
 
 def _is_union(hint: Any) -> bool:
