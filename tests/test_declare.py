@@ -233,7 +233,7 @@ def test_a_default_that_is_no_call_is_refused():
 
 
 def test_a_call_default_needs_the_annotation_call():
-    with pytest.raises(fxr.PatternError, match="a Call step is declared as `a: Call = call"):
+    with pytest.raises(fxr.PatternError, match="a Call step is declared as `act: Call = call"):
 
         @fxr.pattern
         class P:
