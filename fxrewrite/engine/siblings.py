@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 from torch import fx, nn
 
 from ..ir.aliases import is_fresh
@@ -91,14 +92,8 @@ def _fit(
 
 
 def _numbered(pattern: Pattern, links: list[Link]) -> Site:
-    ordered = sorted(links, key=lambda link: link.node)
-    return Site(
-        pattern,
-        tuple(
-            Link(each.step, each.node, each.module, each.takes, each.sources, sibling=i)
-            for i, each in enumerate(ordered)
-        ),
-    )
+    ordered = enumerate(sorted(links, key=lambda link: link.node))
+    return Site(pattern, tuple(attrs.evolve(link, sibling=i) for i, link in ordered))
 
 
 def _in_common(step: Step, module: nn.Module | None) -> Mapping[str, Any]:
