@@ -13,7 +13,7 @@ from ..errors import ExpectationError, UnknownNameError
 from ..tracing.assumptions import Assumption
 from ..tracing.stops import Stop
 from .near_misses import NearMiss
-from .state_dict_map import Became
+from .state_dict_map import TensorFate
 
 _LINES_PER_OUTCOME = 20
 
@@ -50,7 +50,7 @@ class Report:
     unreached: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     into: str = "graph"
     stops: tuple[Stop, ...] = ()
-    parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
+    parameter_names: Mapping[str, TensorFate] = attrs.field(factory=dict, repr=False)
     assumptions: tuple[Assumption, ...] = ()
 
     @property

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import attrs
-from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassResult
+from torch import nn
 
 from ..errors import PatternError
 from .actions import Action
@@ -139,8 +138,6 @@ def _as_tuple(rules: Any) -> Any:
 class RuleSet:
     """An ordered, named group of rules; at each anchor the earlier ones are tried first.
 
-    Called with a graph module, it is a pass of `torch.fx`.
-
     >>> RuleSet("nothing", [], doc="No rules at all.").rules
     ()
     """
@@ -160,24 +157,10 @@ class RuleSet:
         if len(set(names)) < len(names):
             raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")
 
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Apply the rules as a pass of `torch.fx.passes`.
 
-        >>> import fxrewrite as fxr
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
-        >>> result = fxr.get_rule_set("conv_bn")(fx.symbolic_trace(model))
-        >>> result.modified, len(result.graph_module.graph.nodes)
-        (True, 3)
-
-        Args:
-            graph_module: is left as it is. The result has a new graph module if a rule was applied,
-                and this one otherwise.
-        """
-        from ..api import rewrite  # which is made of rule sets itself
-
-        made, report = rewrite(graph_module, self)
-        return PassResult(made, True) if report.applied else PassResult(graph_module, False)
+def rules_of(rule_sets: Iterable[RuleSet]) -> list[Rule[Any]]:
+    """The rules of some rule sets in order, each once."""
+    return list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
 
 
 def leaf_types(rules: Iterable[Rule[Any]]) -> tuple[type[nn.Module], ...]:
@@ -196,8 +179,7 @@ def wanted_types(rules: Sequence[Rule[Any]]) -> tuple[type[nn.Module], ...]:
 
 def apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:
     """The rule sets with rules of one name told apart by the names of their sets."""
-    rules = dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules)
-    uses = Counter(rule.name for rule in rules)
+    uses = Counter(rule.name for rule in rules_of(rule_sets))
     renamed = {
         rule: attrs.evolve(rule, name=f"{rule_set.name}.{rule.name}")
         for rule_set in rule_sets

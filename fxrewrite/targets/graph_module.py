@@ -14,7 +14,7 @@ from ..engine.match import Link, Site
 from ..ir.aliases import Effects
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import HOOKS
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 from ..rules.actions import Action
 
 # Beside the hooks themselves, how torch remembers that they want to be called.
@@ -58,7 +58,7 @@ class _Holders:
     def at(self, name: str) -> tuple[nn.Module, Any] | None:
         """The container, made where there is none; None inside what stands there whole."""
         if name not in self._known:
-            self._known[name] = self._make(*_parent_name(name))
+            self._known[name] = self._make(*parent_name(name))
         return self._known[name]
 
     def _make(self, parent: str, name: str) -> tuple[nn.Module, Any] | None:
@@ -82,7 +82,7 @@ class _Holders:
 
 def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> None:
     """Put what a node uses under its qualified name, in containers of our own."""
-    parent, name = _parent_name(target)
+    parent, name = parent_name(target)
     place = holders.at(parent)
     if place is None:
         return
@@ -112,7 +112,7 @@ def _put(holder: nn.Module, source: Any, name: str, value: Any, *, is_new: bool 
     holder.register_buffer(name, value, persistent=saved)
 
 
-class IntoGraph:
+class GraphModuleTarget:
     """A graph module: whatever the view's graph can say."""
 
     def refusal(

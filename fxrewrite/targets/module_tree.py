@@ -1,7 +1,7 @@
 """Where a rewrite goes, a graph module or a module tree: what may land there, and what is made.
 
 Finding and deciding don't know which. The engine edits its view either way; before it commits, it
-asks the destination whether the site may land there.
+asks the target whether the site may land there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .reading.flows import Flows
 _ELSEWHERE = "into='graph' can rewrite it"
 
 
-class IntoModules:
+class ModuleTreeTarget:
     """The model's own module tree, whose forward code stays: modules give way to modules.
 
     Where the chain was, the new module stands in the slot's place and `nn.Identity` in the place of
