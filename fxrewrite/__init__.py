@@ -3,107 +3,65 @@
 A rule is a small pure function from a match to a replacement. The engine finds the matches in a
 `torch.fx` graph, refuses those that are not safe, says why, and leaves the model it was given as
 it was.
+
+Here is what nearly everybody needs; the rest is in the modules `errors`, `helpers`, `integrations`,
+`report`, `testing` (which needs hypothesis) and `verification`.
 """
 
-from .api import fuse, localise, plan, rewrite
-from .checkpoint.load import load
-from .engine.report import Finding
-from .errors import (
-    ExpectationError,
-    FxRewriteError,
-    InputError,
-    LoadError,
-    PatternError,
-    RuleError,
-    SpecialisedError,
-    TraceError,
-    UnknownNameError,
-    UnknownRuleSetError,
-    VerificationError,
-)
+from importlib.metadata import version
+
+from . import errors, helpers, integrations, report, verification
+from .api import Rewriter, fuse, plan, rewrite
 from .explain.report import Report
-from .integrations.dynamo_backend import backend, inductor_pass
+from .helpers import _parent_name
 from .module_utils.evolve import evolve
 from .module_utils.subclassing import Family
-from .module_utils.tree import (
-    _parent_name,
-    delete_submodule,
-    fresh_name,
-    get_submodule,
-    replace_node_module,
-    set_submodule,
-)
-from .rules.actions import Action, Bypass, Call, Replace, Revise, Split
+from .rules.actions import Bypass, Call, Replace, Revise, Split
 from .rules.declare import call, chain, pattern, pattern_of, siblings
 from .rules.declare_rule import rule
-from .rules.guards import Declined, Guard, known_rank, known_shape
+from .rules.guards import Declined, known_rank, known_shape
 from .rules.registry import get_rule_set, register, rule_set_names
 from .rules.rule import Rule, RuleSet
-from .rules.spec import Pattern, Step
 from .rules.values import Siblings, Value
-from .verification.bisect import Guilty, Localisation
-from .verification.compare import TensorCheck
-from .verification.inputs import random_inputs
-from .verification.verify import Verification, verify
+from .verification import verify
+
+__version__ = version("fxrewrite")
 
 __all__ = [
-    "Action",
     "Bypass",
     "Call",
-    "ExpectationError",
-    "Family",
-    "Finding",
-    "FxRewriteError",
-    "Guard",
-    "Guilty",
-    "InputError",
-    "LoadError",
-    "Localisation",
     "Declined",
-    "Pattern",
-    "PatternError",
+    "Family",
     "Replace",
     "Report",
     "Revise",
+    "Rewriter",
     "Rule",
-    "RuleError",
     "RuleSet",
     "Siblings",
-    "SpecialisedError",
     "Split",
-    "Step",
-    "TensorCheck",
-    "TraceError",
-    "UnknownNameError",
-    "UnknownRuleSetError",
     "Value",
-    "Verification",
-    "VerificationError",
+    "__version__",
     "_parent_name",
-    "backend",
     "call",
     "chain",
-    "delete_submodule",
+    "errors",
     "evolve",
-    "fresh_name",
     "fuse",
     "get_rule_set",
-    "get_submodule",
-    "inductor_pass",
+    "helpers",
+    "integrations",
     "known_rank",
     "known_shape",
-    "load",
-    "localise",
     "pattern",
     "pattern_of",
     "plan",
-    "random_inputs",
     "register",
-    "replace_node_module",
+    "report",
     "rewrite",
     "rule",
     "rule_set_names",
-    "set_submodule",
     "siblings",
+    "verification",
     "verify",
 ]

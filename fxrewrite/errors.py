@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .verification.bisect import Localisation
+from typing import Any
 
 
 class FxRewriteError(Exception):
@@ -26,6 +23,10 @@ class UnknownNameError(FxRewriteError, LookupError):
 
 class TraceError(FxRewriteError):
     """The model can't be traced into a graph."""
+
+
+class NotCopiedError(FxRewriteError):
+    """A model holds something that a copy of it could not have one of its own."""
 
 
 class SpecialisedError(FxRewriteError):
@@ -51,9 +52,9 @@ class InputError(FxRewriteError):
 class VerificationError(FxRewriteError, AssertionError):
     """A rewritten model does not give what its original gives.
 
-    `localisation` has the comparison, and the sites that are to blame.
+    `localisation`, a `verification.Localisation`, has the comparison and the sites to blame.
     """
 
-    def __init__(self, message: str, localisation: Localisation | None = None) -> None:
+    def __init__(self, message: str, localisation: Any = None) -> None:
         super().__init__(message)
         self.localisation = localisation

@@ -188,7 +188,9 @@ def test_a_block_may_become_its_child_and_no_module_of_the_model_changes():
 
 def test_a_module_kept_whole_does_not_get_a_new_module_inside():
     model = Model(lambda m, x: m.a(x) + m.r(m.a.lin(x)), a=Block(), r=nn.ReLU()).eval()
-    result, _ = fxr.rewrite(model, rule(LinearRelu, in_one), leaf_modules=["a"], expect={"r": 1})
+    result, _ = fxr.Rewriter(rule(LinearRelu, in_one), leaf_modules=["a"]).rewrite(
+        model, expect={"r": 1}
+    )
     assert sorted(names(result)) == ["a", "a_lin"]
     assert result.a is model.a
     assert torch.equal(result(X), model(X))
@@ -268,7 +270,9 @@ def test_call_may_hand_on_a_parameter_of_the_model_which_is_shared():
 
 @pytest.mark.parametrize("answer", [lambda x: (x, x), lambda x: 3, lambda x: None])
 def test_call_must_give_one_value(answer):
-    with pytest.raises(fxr.RuleError, match=r"rule 'r'.* the function of its Call returned a"):
+    with pytest.raises(
+        fxr.errors.RuleError, match=r"rule 'r'.* the function of its Call returned a"
+    ):
         fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), rule(Relu, lambda m: fxr.Call(answer)))
 
 
@@ -293,7 +297,7 @@ def test_a_captured_call_can_not_be_given_other_arguments():
 
     model = Model(lambda m, x: F.leaky_relu(m.d(x), 0.1), d=nn.Dropout()).eval()
     pattern = fxr.chain(drop=nn.Dropout, call=fxr.call(F.leaky_relu))
-    with pytest.raises(fxr.RuleError, match="does not support item assignment"):
+    with pytest.raises(fxr.errors.RuleError, match="does not support item assignment"):
         fxr.rewrite(model, rule(pattern, steeper))
 
 

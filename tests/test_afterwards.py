@@ -182,7 +182,7 @@ def test_it_is_loaded_back_without_the_original_weights(
 ) -> None:
     """The same to the bit, with nothing on the meta device and ties kept; it can be trained."""
     fused, report = fxr.rewrite(randomised(), "conv_bn", into=into)
-    again = fxr.load(Net, "conv_bn", save(fused, tmp_path), report.to_json(), into=into)
+    again = fxr.Rewriter("conv_bn", into=into).load(Net, save(fused, tmp_path), report.to_json())
     assert type(again).__name__ == type(fused).__name__
     assert torch.equal(again(X), fused(X))
     assert again.state_dict().keys() == fused.state_dict().keys()
@@ -204,7 +204,7 @@ def test_loading_needs_no_weights_where_the_state_dict_has_all(into: Any) -> Non
     model = nets.randomise(build()).half()
     fused, report = fxr.rewrite(model, "conv_bn", into=into)
     devices.clear()
-    again = fxr.load(build, "conv_bn", fused.state_dict(), report, into=into)
+    again = fxr.Rewriter("conv_bn", into=into).load(build, fused.state_dict(), report)
     assert devices == ["meta"]
     weights = [each.get_parameter("0.weight") for each in (again, fused)]
     assert torch.equal(*weights)
@@ -220,7 +220,7 @@ def test_a_builder_that_needs_numbers_is_given_them(into: Any) -> None:
         return nn.Sequential(conv, nn.BatchNorm2d(4))
 
     fused, report = fxr.rewrite(nets.randomise(build()).float(), "conv_bn", into=into)
-    again = fxr.load(build, "conv_bn", fused.state_dict(), report, into=into)
+    again = fxr.Rewriter("conv_bn", into=into).load(build, fused.state_dict(), report)
     assert torch.equal(again(X), fused(X))
 
 
@@ -237,8 +237,8 @@ def test_another_rewrite_than_the_saved_one_is_an_error(into: Any) -> None:
     state = fused.state_dict()
 
     def refused(match: str, build: Any = Net, rules: Any = "conv_bn", state: Any = state) -> None:
-        with pytest.raises(fxr.LoadError, match=match):
-            fxr.load(build, rules, state, report.to_json(), into=into)
+        with pytest.raises(fxr.errors.LoadError, match=match):
+            fxr.Rewriter(rules, into=into).load(build, state, report.to_json())
 
     refused("norm: fold_conv_bn made conv of conv -> norm when it was saved, and now is", Fewer)
     other = fxr.RuleSet("other", fxr.get_rule_set("conv_bn").rules)
@@ -247,7 +247,7 @@ def test_another_rewrite_than_the_saved_one_is_an_error(into: Any) -> None:
     refused("Unexpected key.*more", state={**state, "more": X})
     refused("size mismatch for conv.bias", state={**state, "conv.bias": torch.ones(3)})
     refused("there is no weights file", state="nowhere.safetensors")
-    assert fxr.load(Net, "conv_bn", state, into=into)(X).shape == (2, 4)
+    assert fxr.Rewriter("conv_bn", into=into).load(Net, state)(X).shape == (2, 4)
 
 
 def test_a_tensor_that_nothing_gives_is_not_left_without_numbers() -> None:
@@ -259,5 +259,5 @@ def test_a_tensor_that_nothing_gives_is_not_left_without_numbers() -> None:
         return model
 
     fused = fxr.fuse(build().eval(), into="modules")
-    with pytest.raises(fxr.LoadError, match="gives the tensor lost"):
-        fxr.load(build, "conv_bn", fused.state_dict(), into="modules")
+    with pytest.raises(fxr.errors.LoadError, match="gives the tensor lost"):
+        fxr.Rewriter("conv_bn", into="modules").load(build, fused.state_dict())

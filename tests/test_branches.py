@@ -204,7 +204,7 @@ def test_a_new_module_can_take_the_name_of_a_step_in_a_branch():
 
 def test_a_join_can_not_be_made_again_without_its_branches():
     rule = fxr.rule(pattern=Parallel, name="again")(lambda m: m.join)
-    with pytest.raises(fxr.RuleError, match="joins branches"):
+    with pytest.raises(fxr.errors.RuleError, match="joins branches"):
         fxr.plan(nets.Forward(lambda m, x: m.a(x) + x, a=nets.conv()), rule)
 
 
@@ -215,7 +215,7 @@ def test_a_rule_may_not_change_a_module_in_a_branch():
 
     model = nets.Forward(lambda m, x: m.a(x) + m.b(x), a=nets.conv(), b=nets.conv())
     before = Record(model)
-    with pytest.raises(fxr.RuleError, match="changed the tensor Conv2d"):
+    with pytest.raises(fxr.errors.RuleError, match="changed the tensor Conv2d"):
         fxr.rewrite(model, fxr.rule(pattern=Parallel)(change))
     before.assert_unchanged(versions=False)
 
@@ -262,7 +262,7 @@ WRONG = {
 
 @pytest.mark.parametrize("reason", WRONG)
 def test_a_declaration_that_can_not_match_is_an_error(reason):
-    with pytest.raises(fxr.PatternError, match=re.escape(reason)):
+    with pytest.raises(fxr.errors.PatternError, match=re.escape(reason)):
         WRONG[reason]()
 
 

@@ -67,5 +67,5 @@ def test_an_output_keeps_its_type(make: Any) -> None:
 
 def test_a_dictionary_of_another_type_is_not_made_a_plain_one() -> None:
     """No graph is made of a model that returns one, and the reason is told."""
-    with pytest.raises(fxr.TraceError, match="can't make a dictionary of the type Counter"):
+    with pytest.raises(fxr.errors.TraceError, match="can't make a dictionary of the type Counter"):
         fxr.rewrite(output_in(lambda y: Counter(out=y)), "conv_bn", into="graph")

@@ -99,7 +99,9 @@ def test_chain_and_class_declare_the_same(shape):
     required = [i for i, (_, mark) in enumerate(shape) if not mark]
     if not required:
         for declare in (declared, fxr.chain):
-            with pytest.raises(fxr.PatternError, match="at least one step must not be optional"):
+            with pytest.raises(
+                fxr.errors.PatternError, match="at least one step must not be optional"
+            ):
                 declare(**annotations)
         return
     by_class, by_chain = declared(**annotations), fxr.chain(**annotations)
@@ -135,7 +137,7 @@ def test_a_call_step_may_be_optional_or_repeated():
 def test_a_value_field_is_no_step():
     pattern = fxr.pattern_of(fxr.chain(before=fxr.Value, relu=nn.ReLU, after=fxr.Value))
     assert [step.name for step in pattern.steps] == ["relu"]
-    with pytest.raises(fxr.PatternError, match="at least one step"):
+    with pytest.raises(fxr.errors.PatternError, match="at least one step"):
         fxr.chain(before=fxr.Value)
 
 
@@ -167,7 +169,9 @@ def test_a_rule_may_be_annotated_with_a_local_pattern():
 
 
 def test_an_annotation_that_names_nothing_says_which_name_and_what_to_do():
-    with pytest.raises(fxr.PatternError, match=r"names 'Nowhere', which is not defined.*import it"):
+    with pytest.raises(
+        fxr.errors.PatternError, match=r"names 'Nowhere', which is not defined.*import it"
+    ):
 
         @fxr.pattern
         class P:
@@ -222,18 +226,20 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_annotation_is_refused_with_the_field_and_what_was_expected(case):
     annotations, message = WRONG[case]
-    with pytest.raises(fxr.PatternError, match=message):
+    with pytest.raises(fxr.errors.PatternError, match=message):
         declared(**annotations)
 
 
 def test_a_default_that_is_no_call_is_refused():
     namespace = {"__annotations__": {"a": nn.ReLU}, "a": 3}
-    with pytest.raises(fxr.PatternError, match=r"P\.a"):
+    with pytest.raises(fxr.errors.PatternError, match=r"P\.a"):
         fxr.pattern(type("P", (), namespace))
 
 
 def test_a_call_default_needs_the_annotation_call():
-    with pytest.raises(fxr.PatternError, match="a Call step is declared as `act: Call = call"):
+    with pytest.raises(
+        fxr.errors.PatternError, match="a Call step is declared as `act: Call = call"
+    ):
 
         @fxr.pattern
         class P:
@@ -242,7 +248,9 @@ def test_a_call_default_needs_the_annotation_call():
 
 @pytest.mark.parametrize("anchor", ["b", "nowhere", ""])
 def test_the_anchor_must_be_a_step_that_is_always_there(anchor):
-    with pytest.raises(fxr.PatternError, match=f"anchor={anchor!r} is none of its steps a, c"):
+    with pytest.raises(
+        fxr.errors.PatternError, match=f"anchor={anchor!r} is none of its steps a, c"
+    ):
         fxr.chain(anchor, a=nn.ReLU, b=nn.GELU | None, c=nn.Linear)
 
 
@@ -252,18 +260,20 @@ def test_the_anchor_must_be_a_step_that_is_always_there(anchor):
     ids=["number", "None", "list", "type", "tensor type", "module instance"],
 )
 def test_call_refuses_what_no_node_can_call(target):
-    with pytest.raises(fxr.PatternError, match="module types, functions and method names"):
+    with pytest.raises(fxr.errors.PatternError, match="module types, functions and method names"):
         fxr.chain(act=fxr.call(target))
 
 
 def test_call_needs_a_target():
-    with pytest.raises(fxr.PatternError, match="at least one module type, function or method name"):
+    with pytest.raises(
+        fxr.errors.PatternError, match="at least one module type, function or method name"
+    ):
         fxr.call()
 
 
 @pytest.mark.parametrize("name", ["my-step", "class", "self", "1"])
 def test_a_step_name_that_no_field_can_have_is_a_pattern_error(name):
-    with pytest.raises(fxr.PatternError, match=name):
+    with pytest.raises(fxr.errors.PatternError, match=name):
         fxr.chain(**{name: nn.ReLU})
 
 
@@ -280,7 +290,7 @@ def test_a_step_may_have_a_private_name():
 
 @pytest.mark.parametrize("thing", [nn.ReLU, object, 3, types.SimpleNamespace()])
 def test_pattern_of_refuses_what_is_no_pattern(thing):
-    with pytest.raises(fxr.PatternError, match="is not a pattern; declare it with"):
+    with pytest.raises(fxr.errors.PatternError, match="is not a pattern; declare it with"):
         fxr.pattern_of(thing)
 
 

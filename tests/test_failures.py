@@ -61,7 +61,7 @@ def fails(rules, message, of=None):
     """The error of a rewrite that fails, once it is sure that nothing of the model has changed."""
     given = of or model()
     before, reference = state(given), copy.deepcopy(given)
-    with pytest.raises(fxr.RuleError, match=message) as error:
+    with pytest.raises(fxr.errors.RuleError, match=message) as error:
         fxr.rewrite(given, rules)
     assert state(given) == before
     x = torch.randn(2, 3)

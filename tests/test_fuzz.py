@@ -51,7 +51,7 @@ def test_a_random_model(
         report = check_model(
             rules, case.model, case.args, shapes=shapes, into=into, tolerance=tolerance
         )
-    except (fxr.TraceError, NotCopiedError) as error:
+    except (fxr.errors.TraceError, NotCopiedError) as error:
         event(f"declined: {type(error).__name__}")
         return
     event(f"applied {min(len(report.applied), 3)}")

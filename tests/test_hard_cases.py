@@ -144,7 +144,9 @@ fx.wrap("double")
 
 def test_a_custom_autograd_function_is_not_traced_through() -> None:
     """Its own backward would be lost in a graph, so tracing stops there."""
-    with pytest.raises(fxr.TraceError, match=r"gradients = False, which a graph does not record"):
+    with pytest.raises(
+        fxr.errors.TraceError, match=r"gradients = False, which a graph does not record"
+    ):
         fxr.rewrite(conv_bn(lambda m, x: Doubled.apply(m.bn(m.conv(x)))), "conv_bn", into="graph")
 
 
@@ -174,7 +176,7 @@ def test_a_region_of_another_state_is_not_lost(region: Any) -> None:
         with region():
             return m.bn(y)
 
-    with pytest.raises(fxr.TraceError, match=r"which a graph does not record") as error:
+    with pytest.raises(fxr.errors.TraceError, match=r"which a graph does not record") as error:
         fxr.rewrite(conv_bn(forward), "conv_bn", into="graph")
     assert "return m.bn(y)" in str(error.value)
 

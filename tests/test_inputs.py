@@ -67,7 +67,7 @@ def leaves(value: Any) -> list[Any]:
 @given(structures, st.integers(0, 5))
 def test_random_inputs_are_like_the_given_ones(like: Any, seed: int) -> None:
     """Structure, shapes and dtypes are kept; integers stay in range; a seed is a result."""
-    made, again = (fxr.random_inputs(like, seed=seed) for _ in range(2))
+    made, again = (fxr.verification.random_inputs(like, seed=seed) for _ in range(2))
     assert pytree.tree_structure(mapped(type, made)) == pytree.tree_structure(mapped(type, like))
     assert len(leaves(made)) == len(leaves(like))
     for old, new, same in zip(leaves(like), leaves(made), leaves(again), strict=True):
@@ -85,35 +85,41 @@ def test_random_inputs_are_like_the_given_ones(like: Any, seed: int) -> None:
 def test_random_numbers_are_drawn_like_those_seen() -> None:
     """Floats have their mean and spread (1 around 0 for a constant), integers their range."""
     seen = torch.randn(100, 100) * 3 + 20
-    made = fxr.random_inputs(seen, seed=1)
+    made = fxr.verification.random_inputs(seen, seed=1)
     assert abs(made.mean() - 20) < 0.2
     assert abs(made.std() - 3) < 0.1
     assert (made - seen).abs().mean() > 1
-    of_zeros = fxr.random_inputs(torch.zeros(100, 100))
+    of_zeros = fxr.verification.random_inputs(torch.zeros(100, 100))
     assert abs(of_zeros.mean()) < 0.1
     assert abs(of_zeros.std() - 1) < 0.1
-    whole = fxr.random_inputs(torch.tensor([2, 9] * 500))
+    whole = fxr.verification.random_inputs(torch.tensor([2, 9] * 500))
     assert (whole.min(), whole.max(), len(whole.unique())) == (2, 9, 8)
-    assert 0.4 < fxr.random_inputs(torch.zeros(1000, dtype=torch.bool)).float().mean() < 0.6
+    assert (
+        0.4
+        < fxr.verification.random_inputs(torch.zeros(1000, dtype=torch.bool)).float().mean()
+        < 0.6
+    )
 
 
 def test_shapes_stand_for_tensors() -> None:
     """A tuple of whole numbers is a shape, alone or nested; other seeds give other numbers."""
-    made = fxr.random_inputs((2, 3))
+    made = fxr.verification.random_inputs((2, 3))
     assert (made.shape, made.dtype) == ((2, 3), torch.float32)
-    assert not torch.equal(made, fxr.random_inputs((2, 3), seed=1))
-    image, sizes = fxr.random_inputs({"image": torch.Size([1, 4]), "sizes": [2, 3]}).values()
+    assert not torch.equal(made, fxr.verification.random_inputs((2, 3), seed=1))
+    image, sizes = fxr.verification.random_inputs(
+        {"image": torch.Size([1, 4]), "sizes": [2, 3]}
+    ).values()
     assert image.shape == (1, 4)
     assert sizes == [2, 3]
     state = torch.get_rng_state()
-    fxr.random_inputs(((1, 2), (3,)))
+    fxr.verification.random_inputs(((1, 2), (3,)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_memory_format_and_gradients_are_kept() -> None:
     """Random inputs are laid out as the given ones, and want gradients where those do."""
     like = torch.randn(1, 3, 4, 4, requires_grad=True).to(memory_format=torch.channels_last)
-    made = fxr.random_inputs(like)
+    made = fxr.verification.random_inputs(like)
     assert made.is_contiguous(memory_format=torch.channels_last)
     assert made.requires_grad
 

@@ -72,7 +72,7 @@ def interrupted(after: int, call: Any) -> bool:
 
 
 def rewrite(model: nn.Module) -> None:
-    with pytest.raises((fxr.RuleError, fxr.TraceError)):
+    with pytest.raises((fxr.errors.RuleError, fxr.errors.TraceError)):
         fxr.rewrite(model, ["conv_bn", clumsy], X.float(), into="graph")
 
 
@@ -162,7 +162,7 @@ def test_an_error_of_one_thread_is_not_one_of_another() -> None:
 
     def trace_bad() -> None:
         for _ in range(10):
-            with pytest.raises(fxr.TraceError):
+            with pytest.raises(fxr.errors.TraceError):
                 fxr.rewrite(bad, "conv_bn", into="graph")
 
     def trace_good() -> None:

@@ -86,7 +86,7 @@ def test_who_keeps_the_name(forward: Any, names: list[str]) -> None:
     members = {"conv": shared, "alias": shared, "whole": Whole(shared), "bn": bn(), "other": bn()}
     model = Forward(forward, **members).double()
     before = checks.Record(model)
-    fused, report = fxr.rewrite(model, "conv_bn", leaf_modules=[Whole])
+    fused, report = fxr.Rewriter("conv_bn", leaf_modules=[Whole]).rewrite(model)
     before.assert_unchanged()
     assert not report.refused
     assert convolutions(fused) == names
@@ -103,8 +103,8 @@ def test_a_part_of_a_leaf_that_is_called_by_itself(whole_first: bool) -> None:
         return y + (m.whole(x) if first is None else first)
 
     model = Forward(forward, whole=Whole(conv(), nn.ReLU()), bn=bn()).double()
-    fused, _ = fxr.rewrite(
-        model, "conv_bn", into="graph", leaf_modules=[Whole], expect={"conv_bn": 1}
+    fused, _ = fxr.Rewriter("conv_bn", into="graph", leaf_modules=[Whole]).rewrite(
+        model, expect={"conv_bn": 1}
     )
     assert fused.get_submodule("whole") is model.whole
     assert convolutions(fused) == ["whole.0", "whole_0"]
@@ -129,7 +129,7 @@ def test_statistics_that_a_leaf_may_write_to() -> None:
     model = Forward(
         lambda m, x: m.bn(m.conv(m.leaf(x))), leaf=Decaying(norm), conv=conv(), bn=norm
     ).double()
-    fused, report = fxr.rewrite(model, "conv_bn", into="graph", leaf_modules=[Decaying])
+    fused, report = fxr.Rewriter("conv_bn", into="graph", leaf_modules=[Decaying]).rewrite(model)
     assert (
         "running_mean, to which a module that is kept whole may write" in report.refused[0].reason
     )

@@ -54,7 +54,7 @@ def spoilt(*channels: int, by: float = 1.01) -> fxr.Rule[Any]:
     return spoil
 
 
-def blamed(found: fxr.Localisation) -> list[tuple[str, str]]:
+def blamed(found: fxr.verification.Localisation) -> list[tuple[str, str]]:
     return [(each.rule.name, each.finding.anchor) for each in found.guilty]
 
 
@@ -63,7 +63,7 @@ def blamed(found: fxr.Localisation) -> list[tuple[str, str]]:
 def test_the_wrong_sites_are_named_and_no_others(at: set[int], wide: bool) -> None:
     """Of seven folds one or two are wrong, anywhere: these are found, by name of rule and site."""
     model, x = (chain(7).double(), X.double()) if wide else (chain(7), X)
-    found = fxr.localise(model, [spoilt(*at), "conv_bn"], x)
+    found = fxr.Rewriter([spoilt(*at), "conv_bn"]).localise(model, x)
     assert blamed(found) == [("spoil", str(2 * channels - 3)) for channels in sorted(at)]
     assert not found.may_be_more
     assert not any(each.adds_up for each in found.guilty)
@@ -71,7 +71,7 @@ def test_the_wrong_sites_are_named_and_no_others(at: set[int], wide: bool) -> No
 
 def test_the_error_names_rule_source_and_site() -> None:
     """`rewrite(..., verify=...)` raises with all that it takes to find the mistake."""
-    with pytest.raises(fxr.VerificationError) as error:
+    with pytest.raises(fxr.errors.VerificationError) as error:
         fxr.rewrite(chain(4), [spoilt(3), "conv_bn"], verify=X)
     assert "differs from the original: relative error" in str(error.value)
     assert "to blame is rule 'spoil'" in str(error.value)
@@ -92,7 +92,7 @@ def test_a_right_rewrite_is_returned() -> None:
         made, again = fxr.rewrite(model, "conv_bn", **inputs)
         assert made.code == plain.code
         assert again.to_json() == report.to_json()
-    with pytest.raises(fxr.InputError, match="example inputs"):
+    with pytest.raises(fxr.errors.InputError, match="example inputs"):
         fxr.rewrite(model, "conv_bn", verify=True)
 
 
@@ -107,18 +107,18 @@ def test_a_mistake_that_the_given_inputs_do_not_show() -> None:
     calm = torch.linspace(-1.0, 1.0, 999)
     fxr.rewrite(model, no_upper_bound, verify=calm)
     with pytest.raises(
-        fxr.VerificationError, match=r"to blame is .* at 1, which became 1"
+        fxr.errors.VerificationError, match=r"to blame is .* at 1, which became 1"
     ) as error:
         fxr.rewrite(model, no_upper_bound, verify=calm, trials=3)
     assert error.value.localisation.verification.trial == 2
-    found = fxr.localise(model, no_upper_bound, calm, trials=3)
+    found = fxr.Rewriter(no_upper_bound).localise(model, calm, trials=3)
     assert blamed(found) == [("no_upper_bound", "1")]
     assert not found.may_be_more
 
 
 def test_more_than_can_be_named() -> None:
     """A rule that is wrong everywhere is named for its first sites, and that there may be more."""
-    found = fxr.localise(chain(6), spoilt(*range(8)), X, most=2)
+    found = fxr.Rewriter(spoilt(*range(8))).localise(chain(6), X, most=2)
     assert blamed(found) == [("spoil", "1"), ("spoil", "3")]
     assert found.may_be_more
     assert "there may be more" in str(found)
@@ -127,8 +127,8 @@ def test_more_than_can_be_named() -> None:
 def test_a_mistake_too_small_for_float32_is_found_in_float64() -> None:
     """What float32 can't tell from rounding is found if the model is given in float64."""
     rules = [spoilt(3, by=1 + 1e-8), "conv_bn"]
-    assert fxr.localise(chain(4), rules, X).guilty == ()
-    found = fxr.localise(chain(4).double(), rules, X.double())
+    assert fxr.Rewriter(rules).localise(chain(4), X).guilty == ()
+    found = fxr.Rewriter(rules).localise(chain(4).double(), X.double())
     assert blamed(found) == [("spoil", "3")]
 
 
@@ -143,7 +143,7 @@ def test_what_rounds_by_itself_is_not_blamed() -> None:
         made = fold_conv_bn(m).module
         return fxr.Replace(fxr.evolve(made, weight=made.weight.float().to(made.weight.dtype)))
 
-    found = fxr.localise(chain(7), [rounds, spoilt(7, by=1.001), "conv_bn"], X)
+    found = fxr.Rewriter([rounds, spoilt(7, by=1.001), "conv_bn"]).localise(chain(7), X)
     assert blamed(found) == [("spoil", "11")]
     assert found.exact is not None
     assert not found.exact.same
@@ -159,7 +159,7 @@ def test_a_rule_that_is_wrong_in_one_dtype_only() -> None:
             return fxr.Replace(fxr.evolve(made, weight=made.weight.bfloat16().float()))
         return fxr.Replace(made)
 
-    found = fxr.localise(chain(5), coarse, X)
+    found = fxr.Rewriter(coarse).localise(chain(5), X)
     assert blamed(found) == [("coarse", "5")]
     assert found.exact is not None
     assert found.exact.same
@@ -168,7 +168,7 @@ def test_a_rule_that_is_wrong_in_one_dtype_only() -> None:
 
 def test_a_model_that_cannot_run_in_float64_is_searched_as_it_is() -> None:
     """Where a float32 constant keeps a model from running in float64, the site is found anyway."""
-    found = fxr.localise(in_float32_only(chain(4)), [spoilt(4), "conv_bn"], X)
+    found = fxr.Rewriter([spoilt(4), "conv_bn"]).localise(in_float32_only(chain(4)), X)
     assert found.exact is None
     assert blamed(found) == [("spoil", "body.5")]
 
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_run_in_float64_is_searched_as_it_is() -> None:
 def test_an_exported_program_is_searched_too() -> None:
     """The site is found where model and result are programs of `torch.export`."""
     program = torch.export.export(chain(3), (X,))
-    with pytest.raises(fxr.VerificationError) as error:
+    with pytest.raises(fxr.errors.VerificationError) as error:
         fxr.rewrite(program, [spoilt(4), "conv_bn"], verify=X)
     assert blamed(error.value.localisation) == [("spoil", "5")]
 
@@ -192,14 +192,14 @@ def test_a_model_rewritten_in_parts_is_searched_too() -> None:
         first=nn.Sequential(nn.Conv2d(1, 1, 1), *chain(2), nn.Conv2d(3, 1, 1)),
         second=chain(2),
     )
-    found = fxr.localise(parts, [spoilt(3), "conv_bn"], X)
+    found = fxr.Rewriter([spoilt(3), "conv_bn"]).localise(parts, X)
     assert blamed(found) == [("spoil", "first.4")]
 
 
 def test_many_small_differences() -> None:
     """Where no site is off by much and all together are, the last one is named as that."""
     rules = spoilt(*range(20), by=1 + 4e-6)
-    found = fxr.localise(in_float32_only(chain(14)), rules, X, most=1)
+    found = fxr.Rewriter(rules).localise(in_float32_only(chain(14)), X, most=1)
     assert len(found.guilty) == 1
     assert found.guilty[0].adds_up
     assert "many sites add to it, the last is rule 'spoil'" in str(found)
@@ -211,7 +211,7 @@ def test_a_difference_that_no_rule_made() -> None:
     def forward(net: Any, x: Any) -> Any:
         return net.body(x if is_fx_symbolic_tracing() else 2 * x)
 
-    found = fxr.localise(nets.Forward(forward, body=chain(2)), "conv_bn", X)
+    found = fxr.Rewriter("conv_bn").localise(nets.Forward(forward, body=chain(2)), X)
     assert found.guilty == ()
     assert "no rule is to blame; the traced graph differs" in str(found)
 
@@ -239,7 +239,7 @@ def test_a_site_that_breaks_the_model_is_named(how: str) -> None:
     def breaks(m: ConvBn) -> fxr.Replace:
         return fxr.Replace(BREAKAGES[how](m))
 
-    found = fxr.localise(chain(4), [breaks, "conv_bn"], X)
+    found = fxr.Rewriter([breaks, "conv_bn"]).localise(chain(4), X)
     assert blamed(found) == [("breaks", "3")]
     assert found.may_be_more == (how != "gives another shape")
 
@@ -358,14 +358,16 @@ def test_a_model_that_traces_differently_each_time_is_an_error() -> None:
     model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn())
     rewriter = Rewriter(apart([fxr.get_rule_set("conv_bn")]), None, None, ())
     made, _, applied = rewriter(model, None)
-    with pytest.raises(fxr.FxRewriteError, match="not traced the same way twice"):
+    with pytest.raises(fxr.errors.FxRewriteError, match="not traced the same way twice"):
         Rewrite(model, made, applied.sites, None, rewriter).upto(1)
 
 
 def test_progress_is_told() -> None:
     """Of each stage it is told how far it is, and the last step is the end of it."""
     told: list[tuple[str, int, int]] = []
-    found = fxr.localise(chain(6), [spoilt(3), "conv_bn"], X, progress=lambda *of: told.append(of))
+    found = fxr.Rewriter([spoilt(3), "conv_bn"]).localise(
+        chain(6), X, progress=lambda *of: told.append(of)
+    )
     assert blamed(found) == [("spoil", "3")]
     stages = dict.fromkeys(what for what, _, _ in told)
     assert list(stages) == ["verifying", "searching for the site to blame"]

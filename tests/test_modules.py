@@ -52,7 +52,7 @@ def test_parent_name_of_root_level_and_nested_names(target, expected):
 def test_every_module_is_found_by_its_qualified_name(paths):
     root = tree(paths)
     for name, module in root.named_modules():
-        assert fxr.get_submodule(root, name) is module is root.get_submodule(name)
+        assert fxr.helpers.get_submodule(root, name) is module is root.get_submodule(name)
 
 
 @given(st.lists(PATH, min_size=1, max_size=5), st.data())
@@ -60,8 +60,8 @@ def test_what_is_set_is_got_and_nothing_else_changes(paths, data):
     root = tree(paths)
     target = ".".join(data.draw(st.sampled_from(paths)))
     before, new = dict(root.named_modules()), nn.ReLU()
-    fxr.set_submodule(root, target, new)
-    assert fxr.get_submodule(root, target) is new
+    fxr.helpers.set_submodule(root, target, new)
+    assert fxr.helpers.get_submodule(root, target) is new
     after = dict(root.named_modules())
     gone = {name for name in before if name == target or name.startswith(f"{target}.")}
     assert after == {**{k: v for k, v in before.items() if k not in gone}, target: new}
@@ -72,22 +72,22 @@ def test_what_is_deleted_is_gone_with_all_inside_and_nothing_else(paths, data):
     root = tree(paths)
     target = ".".join(data.draw(st.sampled_from(paths)))
     before = dict(root.named_modules())
-    fxr.delete_submodule(root, target)
+    fxr.helpers.delete_submodule(root, target)
     assert dict(root.named_modules()) == {
         name: module
         for name, module in before.items()
         if name != target and not name.startswith(f"{target}.")
     }
     with pytest.raises(AttributeError):
-        fxr.get_submodule(root, target)
+        fxr.helpers.get_submodule(root, target)
 
 
 def test_set_makes_a_new_name_and_takes_over_one_that_held_something_else():
     root = nn.Sequential(nn.Linear(2, 2))
-    fxr.set_submodule(root, "0.act", nn.ReLU())
+    fxr.helpers.set_submodule(root, "0.act", nn.ReLU())
     assert type(root[0].act) is nn.ReLU
     root.plain = torch.relu
-    fxr.set_submodule(root, "plain", nn.GELU())
+    fxr.helpers.set_submodule(root, "plain", nn.GELU())
     assert type(root.plain) is nn.GELU
 
 
@@ -97,7 +97,7 @@ def test_set_makes_a_new_name_and_takes_over_one_that_held_something_else():
 def test_a_name_that_is_not_there_says_which_part_is_missing(target):
     root = nn.Sequential(nn.Linear(2, 2))
     missing = next(p for p in target.split(".") if p != "0" or target.startswith("."))
-    for act in (fxr.get_submodule, fxr.delete_submodule):
+    for act in (fxr.helpers.get_submodule, fxr.helpers.delete_submodule):
         with pytest.raises(AttributeError, match=f"has no submodule '{missing}'"):
             act(root, target)
 
@@ -105,31 +105,31 @@ def test_a_name_that_is_not_there_says_which_part_is_missing(target):
 def test_a_parent_that_is_not_there_is_not_made():
     root = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(AttributeError, match="Sequential has no submodule 'a'"):
-        fxr.set_submodule(root, "a.b", nn.ReLU())
+        fxr.helpers.set_submodule(root, "a.b", nn.ReLU())
     assert list(root._modules) == ["0"]
 
 
 def test_the_root_itself_is_got_and_neither_set_nor_deleted():
     root = nn.Sequential()
-    assert fxr.get_submodule(root, "") is root
+    assert fxr.helpers.get_submodule(root, "") is root
     with pytest.raises(ValueError, match="the root module itself can't be replaced"):
-        fxr.set_submodule(root, "", nn.ReLU())
+        fxr.helpers.set_submodule(root, "", nn.ReLU())
     with pytest.raises(ValueError, match="the root module itself can't be deleted"):
-        fxr.delete_submodule(root, "")
+        fxr.helpers.delete_submodule(root, "")
 
 
 @given(PART, st.sets(PART))
 def test_a_fresh_name_is_not_taken_and_the_first_of_its_kind(base, taken):
     taken = taken | {base, f"{base}_1"}
-    name = fxr.fresh_name(base, taken)
+    name = fxr.helpers.fresh_name(base, taken)
     assert name not in taken
     candidates = [base, *(f"{base}_{i}" for i in range(1, len(taken) + 2))]
     assert name == next(each for each in candidates if each not in taken)
 
 
 def test_a_free_name_is_kept():
-    assert fxr.fresh_name("layer.0.conv", ()) == "layer.0.conv"
-    assert fxr.fresh_name("layer.0.conv", ["layer.0.conv"]) == "layer.0.conv_1"
+    assert fxr.helpers.fresh_name("layer.0.conv", ()) == "layer.0.conv"
+    assert fxr.helpers.fresh_name("layer.0.conv", ["layer.0.conv"]) == "layer.0.conv_1"
 
 
 def nested():
@@ -147,7 +147,7 @@ def test_replace_node_module_puts_the_new_module_into_tree_and_dict(target, with
     node = next(each for each in traced.graph.nodes if each.target == target)
     others = {name: module for name, module in modules.items() if name != target}
     new = nn.Identity()
-    fxr.replace_node_module(node, modules, new)
+    fxr.helpers.replace_node_module(node, modules, new)
     assert traced.get_submodule(target) is modules[target] is new
     assert {name: module for name, module in modules.items() if name != target} == others
     traced.recompile()
@@ -160,11 +160,11 @@ def test_replace_node_module_refuses_what_calls_no_module():
     traced = nested()
     placeholder = next(iter(traced.graph.nodes))
     with pytest.raises(ValueError, match="node 'input_1' is a placeholder, not a call_module"):
-        fxr.replace_node_module(placeholder, {"": traced}, nn.ReLU())
+        fxr.helpers.replace_node_module(placeholder, {"": traced}, nn.ReLU())
     graph = fx.Graph()
     node = graph.call_module("a", (graph.placeholder("x"),))
     with pytest.raises(ValueError, match="neither `modules` nor its graph names a root module"):
-        fxr.replace_node_module(node, {}, nn.ReLU())
+        fxr.helpers.replace_node_module(node, {}, nn.ReLU())
 
 
 class Mixed(nn.Module):

@@ -35,7 +35,7 @@ def rewritten(model: nn.Module, applied: int, **options: Any) -> tuple[Any, fxr.
     """conv_bn on a model that can't be traced, held to what holds for every such model."""
     model.double()
     before = checks.Record(model)
-    made, report = fxr.rewrite(model, "conv_bn", **options)
+    made, report = fxr.Rewriter("conv_bn", **options).rewrite(model)
     before.assert_unchanged()
     assert (report.into, type(made)) == ("modules", type(model))
     assert len(report.applied) == applied, report
@@ -117,7 +117,7 @@ def test_an_anchor_that_no_code_calls_says_so() -> None:
 
 
 def test_a_graph_is_refused_with_the_module_and_the_way_out() -> None:
-    with pytest.raises(fxr.TraceError, match="stopped in 0 ") as error:
+    with pytest.raises(fxr.errors.TraceError, match="stopped in 0 ") as error:
         fxr.rewrite(nn.Sequential(unclear()).eval(), "conv_bn", into="graph")
     assert "Leave out into='graph'" in str(error.value)
 

@@ -107,7 +107,7 @@ def test_inductors_pass_edits_the_graph_in_place() -> None:
     graph_module = graph_of(lambda x: x.sin().neg().neg().cos(), X)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     graph = graph_module.graph
-    fxr.inductor_pass(drop_negations)(graph)
+    fxr.integrations.inductor_pass(drop_negations)(graph)
     graph_module.recompile()
     assert graph_module.graph is graph
     assert [node.name for node in graph.nodes] == [n for n in nodes if "neg" not in n]
@@ -120,7 +120,7 @@ def test_new_tensors_of_inductors_pass() -> None:
     net = blocks()
     graph_module = torch.export.export(net, (X,)).module()
     expected = outputs(net, X)
-    fxr.inductor_pass("conv_bn")(graph_module.graph)
+    fxr.integrations.inductor_pass("conv_bn")(graph_module.graph)
     graph_module.recompile()
     assert not [n for n in graph_module.graph.nodes if "batch_norm" in str(n.target)]
     assert largest_error(expected, outputs(graph_module, X)) <= 1e-12
@@ -142,8 +142,8 @@ def test_a_rule_that_raises_leaves_the_graph() -> None:
     rules = [drop_negations, fxr.rule(pattern=Sine, name="fails")(fails)]
     graph_module = graph_of(lambda x: x.neg().neg().sin(), X)
     before = str(graph_module.graph)
-    with pytest.raises(fxr.RuleError, match="no"):
-        fxr.inductor_pass(rules)(graph_module.graph)
+    with pytest.raises(fxr.errors.RuleError, match="no"):
+        fxr.integrations.inductor_pass(rules)(graph_module.graph)
     assert str(graph_module.graph) == before
 
 
@@ -156,7 +156,7 @@ def test_inductor_compiles_what_a_pass_leaves() -> None:
             super().__call__(graph)
             seen.extend(str(node.target) for node in graph.nodes)
 
-    watching = Watch(fxr.inductor_pass(drop_negations)._rule_sets)
+    watching = Watch(fxr.integrations.inductor_pass(drop_negations)._rule_sets)
     # What inductor kept on disk of an earlier run would do without the pass.
     with config.patch(post_grad_custom_pre_pass=watching, force_disable_caches=True):
         made = torch.compile(lambda x: (x + 1).neg().neg() * 2)(X)
@@ -175,10 +175,13 @@ def test_the_key_of_inductors_cache() -> None:
 
         return scaled
 
-    ids = [fxr.inductor_pass(each).uuid() for each in ("conv_bn", "conv_bn", drop_negations)]
+    ids = [
+        fxr.integrations.inductor_pass(each).uuid()
+        for each in ("conv_bn", "conv_bn", drop_negations)
+    ]
     assert ids[0] == ids[1] != ids[2]
     assert ids[0] is not None
-    assert fxr.inductor_pass(made_by(2.0)).uuid() is None
+    assert fxr.integrations.inductor_pass(made_by(2.0)).uuid() is None
 
 
 # torch.compile
@@ -203,7 +206,7 @@ class Kept:
 def test_a_backend_by_name(inner: str) -> None:
     """Rules go before any backend, for any batch size."""
     net = blocks()
-    compiled = torch.compile(net, backend=fxr.backend("conv_bn", inner=inner))
+    compiled = torch.compile(net, backend=fxr.integrations.backend("conv_bn", inner=inner))
     for batch in (2, 3, 5):
         x = nets.random_input((batch, 4, 5, 5))
         assert largest_error(outputs(net, x), outputs(compiled, x)) <= 1e-12
@@ -212,7 +215,7 @@ def test_a_backend_by_name(inner: str) -> None:
 def test_rules_see_parameters_where_no_gradient_can_flow() -> None:
     """Under no_grad the batch norms are folded; with gradients the parameters are inputs."""
     net, inner = blocks(), Kept()
-    compiled = torch.compile(net, backend=fxr.backend("conv_bn", inner=inner))
+    compiled = torch.compile(net, backend=fxr.integrations.backend("conv_bn", inner=inner))
     outputs(compiled, X)
     assert inner.called() == ["conv2d", "relu", "conv2d"]
     compiled(X).sum().backward()
@@ -226,7 +229,7 @@ def test_rules_see_parameters_where_no_gradient_can_flow() -> None:
 def test_frozen_parameters_are_constants() -> None:
     """Where they need no gradient they are folded, and one flows to the input all the same."""
     net, inner = blocks().requires_grad_(False), Kept()
-    compiled = torch.compile(net, backend=fxr.backend("conv_bn", inner=inner))
+    compiled = torch.compile(net, backend=fxr.integrations.backend("conv_bn", inner=inner))
     x = X.clone().requires_grad_()
     compiled(x).sum().backward()
     expected = X.clone().requires_grad_()
@@ -262,7 +265,7 @@ def optimise(net: Any) -> None:
 def test_changed_parameters_are_folded_anew(change: Any) -> None:
     """What was folded follows the model's parameters, without another compilation by `inner`."""
     net, inner = blocks(), Kept()
-    compiled = torch.compile(net, backend=fxr.backend("conv_bn", inner=inner))
+    compiled = torch.compile(net, backend=fxr.integrations.backend("conv_bn", inner=inner))
     before = outputs(compiled, X)
     for _ in range(2):
         with torch.no_grad():
@@ -288,7 +291,7 @@ def test_where_rules_decide_otherwise_later(caplog: pytest.LogCaptureFixture) ->
         net.norm.weight.zero_()
         net.norm.bias.zero_()
     inner = Kept()
-    compiled = torch.compile(net, backend=fxr.backend(nothing_left, inner=inner))
+    compiled = torch.compile(net, backend=fxr.integrations.backend(nothing_left, inner=inner))
     assert outputs(compiled, X)[0].abs().max() == 0
     assert inner.called() == ["zeros_like"]
     with torch.no_grad():
@@ -305,7 +308,7 @@ def test_a_layer_that_trains_keeps_doing_so() -> None:
     net = blocks()
     net[1].train()
     plain = copy.deepcopy(net)
-    compiled = torch.compile(net, backend=fxr.backend("conv_bn", inner="eager"))
+    compiled = torch.compile(net, backend=fxr.integrations.backend("conv_bn", inner="eager"))
     for seed in range(3):
         x = nets.random_input((2, 4, 5, 5), seed)
         assert largest_error(outputs(plain, x), outputs(compiled, x)) <= 1e-12
@@ -315,7 +318,9 @@ def test_a_layer_that_trains_keeps_doing_so() -> None:
 def test_a_graph_that_no_rule_touches_is_handed_on() -> None:
     """The inner backend gets the very graph that came from the compiler."""
     given: list[Any] = []
-    rules = fxr.backend(drop_negations, inner=lambda gm, x: given.append(gm) or gm.forward)
+    rules = fxr.integrations.backend(
+        drop_negations, inner=lambda gm, x: given.append(gm) or gm.forward
+    )
     net = nn.Sequential(nn.ReLU())
     torch.testing.assert_close(torch.compile(net, backend=rules)(X), F.relu(X))
     assert "dynamo_compile_id" in given[0].meta
@@ -323,7 +328,7 @@ def test_a_graph_that_no_rule_touches_is_handed_on() -> None:
 
 def test_names_that_are_none() -> None:
     """Unknown rule sets and backends are reported before anything is compiled."""
-    with pytest.raises(fxr.UnknownRuleSetError):
-        fxr.backend("no_such_rules")
+    with pytest.raises(fxr.errors.UnknownRuleSetError):
+        fxr.integrations.backend("no_such_rules")
     with pytest.raises(Exception, match="no_such_backend"):
-        fxr.backend("conv_bn", inner="no_such_backend")
+        fxr.integrations.backend("conv_bn", inner="no_such_backend")

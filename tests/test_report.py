@@ -134,7 +134,7 @@ def test_why_knows_each_node_that_a_call_became():
 
 
 def test_why_says_that_an_anchor_is_inside_a_module_kept_whole(model):
-    report = fxr.plan(model, "conv_bn", leaf_modules=["good"])
+    report = fxr.Rewriter("conv_bn", leaf_modules=["good"]).plan(model)
     assert "it is inside good (Block), which is kept whole" in report.why("good.bn")
     model.bad.register_forward_hook(lambda *a: None)
     reason = fxr.plan(model, "conv_bn").why("bad.bn")
@@ -218,15 +218,15 @@ def test_counts_and_findings_agree_for_any_rules_in_any_order(word, order, used)
 def test_expectations_name_rules_or_rule_sets(model, report):
     report.check({"conv_bn": 1, "fold_conv_bn": 1})
     report.check({})
-    with pytest.raises(fxr.ExpectationError) as error:
+    with pytest.raises(fxr.errors.ExpectationError) as error:
         fxr.rewrite(model, "conv_bn", expect={"conv_bn": 2, "fold_conv_bn": 1})
     assert str(error.value).startswith("conv_bn should apply 2 times and applied 1 times\nrule")
     assert "bad.bn" in str(error.value)
     with pytest.raises(
-        fxr.ExpectationError, match="no rule or rule set 'conv' ran; there are conv"
+        fxr.errors.ExpectationError, match="no rule or rule set 'conv' ran; there are conv"
     ):
         fxr.rewrite(model, "conv_bn", expect={"conv": 1})
-    assert issubclass(fxr.ExpectationError, AssertionError)
+    assert issubclass(fxr.errors.ExpectationError, AssertionError)
 
 
 TWO = nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Tanh(), nn.GELU()).eval()

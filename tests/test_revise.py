@@ -103,7 +103,7 @@ def test_sites_that_differ_in_shape_share_modules_that_come_out_alike():
     ],
 )
 def test_what_is_no_revision_is_an_error(steps, words):
-    with pytest.raises(fxr.RuleError, match=words):
+    with pytest.raises(fxr.errors.RuleError, match=words):
         fxr.rewrite(net(nets.conv(), nets.bn()), revising(**steps))
 
 

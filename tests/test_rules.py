@@ -70,7 +70,7 @@ def test_a_decorator_with_arguments_overrides_what_the_function_says():
     ],
 )
 def test_a_rule_without_a_pattern_says_how_to_give_one(build, message):
-    with pytest.raises(fxr.PatternError, match=message):
+    with pytest.raises(fxr.errors.PatternError, match=message):
         fxr.rule(build)
 
 
@@ -81,15 +81,15 @@ def test_a_rule_annotated_with_something_else_is_refused():
     def of_nothing(m: Nowhere):  # noqa: F821
         return fxr.Bypass()
 
-    with pytest.raises(fxr.PatternError, match=r"ReLU'> is not a pattern; declare it with"):
+    with pytest.raises(fxr.errors.PatternError, match=r"ReLU'> is not a pattern; declare it with"):
         fxr.rule(of_module)
-    with pytest.raises(fxr.PatternError, match="'Nowhere', which is not defined"):
+    with pytest.raises(fxr.errors.PatternError, match="'Nowhere', which is not defined"):
         fxr.rule(of_nothing)
 
 
 @pytest.mark.parametrize("where", [len, [3], ["eval_mode"], None])
 def test_guards_are_a_list_of_functions(where):
-    with pytest.raises(fxr.PatternError, match="where"):
+    with pytest.raises(fxr.errors.PatternError, match="where"):
         fxr.rule(pattern=Relu, where=where)(lambda m: fxr.Bypass())
 
 
@@ -119,7 +119,9 @@ def test_a_guard_that_answers_otherwise_is_an_error_that_names_it(answer):
     def is_wrong(m):
         return answer
 
-    with pytest.raises(fxr.RuleError, match=r"rule 'to_gelu' .* at 0: .*guard is_wrong returned"):
+    with pytest.raises(
+        fxr.errors.RuleError, match=r"rule 'to_gelu' .* at 0: .*guard is_wrong returned"
+    ):
         fxr.plan(MODEL, replace_by(nn.GELU, where=[is_wrong]))
 
 
@@ -174,11 +176,15 @@ def test_what_a_rule_makes_is_matched_by_the_others_whatever_their_order():
 
 def test_a_rule_set_takes_only_rules_each_of_its_own_name():
     to_gelu = replace_by(nn.GELU)
-    with pytest.raises(fxr.PatternError, match="rule set 'a': expected rules, found <built-in"):
+    with pytest.raises(
+        fxr.errors.PatternError, match="rule set 'a': expected rules, found <built-in"
+    ):
         fxr.RuleSet("a", [to_gelu, len])
-    with pytest.raises(fxr.PatternError, match="rule set 'a': two of its rules share a name"):
+    with pytest.raises(
+        fxr.errors.PatternError, match="rule set 'a': two of its rules share a name"
+    ):
         fxr.RuleSet("a", [to_gelu, replace_by(nn.GELU)])
-    with pytest.raises(fxr.PatternError, match="rule set 'a'"):
+    with pytest.raises(fxr.errors.PatternError, match="rule set 'a'"):
         fxr.RuleSet("a", to_gelu)
     assert fxr.RuleSet("a", iter([to_gelu])).rules == (to_gelu,)
 
@@ -219,7 +225,9 @@ def test_a_name_is_registered_once(empty_registry):
 
 def test_an_unknown_name_lists_the_known_ones(empty_registry):
     fxr.register(fxr.RuleSet("zzz", []))
-    with pytest.raises(fxr.UnknownRuleSetError, match=r"'con_bn'; there are: .*conv_bn.*, zzz"):
+    with pytest.raises(
+        fxr.errors.UnknownRuleSetError, match=r"'con_bn'; there are: .*conv_bn.*, zzz"
+    ):
         fxr.rewrite(MODEL, "con_bn")
 
 
@@ -236,7 +244,9 @@ def test_rules_come_as_name_set_rule_or_list_of_those(empty_registry):
 
 @pytest.mark.parametrize("wrong", [None, 3, len, Relu, [None], [["conv_bn"], 3], b"conv_bn"])
 def test_anything_else_is_refused(wrong):
-    with pytest.raises(fxr.PatternError, match="expected a rule set, its name, a rule, or a list"):
+    with pytest.raises(
+        fxr.errors.PatternError, match="expected a rule set, its name, a rule, or a list"
+    ):
         fxr.rewrite(MODEL, wrong)
 
 
@@ -306,7 +316,7 @@ def test_a_shipped_module_may_register_its_set_too(installed):
     ],
 )
 def test_a_shipped_set_that_is_broken_says_so_and_spoils_no_other(installed, name, message):
-    with pytest.raises(fxr.UnknownRuleSetError, match=message):
+    with pytest.raises(fxr.errors.UnknownRuleSetError, match=message):
         fxr.get_rule_set(name)
     fxr.fuse(MODEL)
 

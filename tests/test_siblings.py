@@ -45,8 +45,9 @@ def attention(*, after=(), before=(), returned="F.relu(q), F.silu(k), v.sum(-1)"
 x = torch.randn(2, 5, 4, dtype=torch.float64)
 
 
-def rewritten(model, *, applied=1, inputs=x, **options):
-    made, report = fxr.rewrite(model, merge, expect={"merge": applied}, **options)
+def rewritten(model, example_inputs=None, *, applied=1, inputs=x, **options):
+    rewriter = fxr.Rewriter(merge, **options)
+    made, report = rewriter.rewrite(model, example_inputs, expect={"merge": applied})
     torch.testing.assert_close(made(inputs.clone()), model(inputs.clone()), rtol=0, atol=1e-12)
     return made, report
 
@@ -423,7 +424,7 @@ def test_around_a_backend_of_torch_compile():
         found.append([n.target for n in module.graph.nodes])
         return module
 
-    compiled = torch.compile(model, backend=fxr.backend(merge, inner=inner))
+    compiled = torch.compile(model, backend=fxr.integrations.backend(merge, inner=inner))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
         model.k.weight.mul_(2)
@@ -439,7 +440,7 @@ def test_a_wrong_group_is_found():
         layer = stacked(m.layers, out_features=sum(sizes))
         return fxr.Split(fxr.evolve(layer, weight=layer.weight * 2), sizes)
 
-    found = fxr.localise(attention(), doubled, x)
+    found = fxr.Rewriter(doubled).localise(attention(), x)
     assert [str(each.finding).partition(": ")[0] for each in found.guilty] == ["q"]
 
 
@@ -512,7 +513,7 @@ def test_what_is_returned_lies_in_memory_as_it_did(case, shapes):
     """Of no output the strides or the outputs that share its storage change."""
     try:
         made, report = fxr.rewrite(case.model, merge, case.args if shapes else None)
-    except fxr.TraceError:
+    except fxr.errors.TraceError:
         return
     if report.applied:
         with torch.no_grad():
@@ -553,7 +554,7 @@ def test_the_result_is_scripted_exported_saved_and_loaded(tmp_path):
     for again in (
         torch.jit.script(made),
         torch.export.export(made, (x,)).module(),
-        fxr.load(build, merge, made.state_dict(), report.to_json()),
+        fxr.Rewriter(merge).load(build, made.state_dict(), report.to_json()),
     ):
         torch.testing.assert_close(again(x), model(x))
 
@@ -572,7 +573,7 @@ class Attention(nn.Module):
 def test_in_a_graph_of_operators_all_that_is_made_is_operators():
     model = attention()
     module, expected = torch.export.export(model, (x,)).module(), model(x)
-    fxr.inductor_pass(merge)(module.graph)
+    fxr.integrations.inductor_pass(merge)(module.graph)
     module.recompile()
     calls = [n.target for n in module.graph.nodes if n.op == "call_function"]
     assert torch.ops.aten.split_with_sizes.default in calls
@@ -587,7 +588,9 @@ def test_in_a_graph_of_operators_all_that_is_made_is_operators():
 def test_inductor_compiles_what_the_rule_set_leaves():
     """The example of the issue that asked for it."""
     model = Attention().eval()
-    compiled = torch.compile(model, backend=fxr.backend("merge_siblings", inner="inductor"))
+    compiled = torch.compile(
+        model, backend=fxr.integrations.backend("merge_siblings", inner="inductor")
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(x.float()), model(x.float()))
     torch._dynamo.reset()

@@ -246,7 +246,7 @@ def test_rules_that_feed_each_other() -> None:
         return fxr.Replace(nn.ReLU())
 
     model = nn.Sequential(nn.ReLU()).eval()
-    with pytest.raises(fxr.RuleError, match=r"feed each other: gelu_to_relu, relu_to_gelu"):
+    with pytest.raises(fxr.errors.RuleError, match=r"feed each other: gelu_to_relu, relu_to_gelu"):
         fxr.rewrite(model, [relu_to_gelu, gelu_to_relu])
 
 
@@ -277,7 +277,7 @@ def test_a_rule_that_misbehaves(misdeed: Any) -> None:
     first = [nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)]
     model = nets.randomise(nn.Sequential(*first))
     before = checks.Record(model)
-    with pytest.raises(fxr.RuleError, match=r"rule 'bad' .*test_soundness.* at 2 -> 3: it "):
+    with pytest.raises(fxr.errors.RuleError, match=r"rule 'bad' .*test_soundness.* at 2 -> 3: it "):
         fxr.rewrite(model, bad)
     before.assert_unchanged(versions=False)  # putting a tensor back is a write, too
 
@@ -305,7 +305,7 @@ def test_only_a_guard_declines_and_only_by_a_string(guard_says: Any, rule_says: 
     def odd(m: Any) -> Any:
         return rule_says
 
-    with pytest.raises(fxr.RuleError, match="rule 'odd'"):
+    with pytest.raises(fxr.errors.RuleError, match="rule 'odd'"):
         fxr.rewrite(nn.Sequential(nn.ReLU()).eval(), odd)
 
 

@@ -209,7 +209,7 @@ def outcome(model: Any, args: Any, kwargs: Any) -> Any:
 
 def is_right(expected: Any, found: Any) -> bool:
     """Whether a rewritten model did what the model does, or refused."""
-    if isinstance(found, fxr.SpecialisedError) or isinstance(expected, Exception):
+    if isinstance(found, fxr.errors.SpecialisedError) or isinstance(expected, Exception):
         return isinstance(found, Exception)
     if type(expected) is not type(found):
         return False
@@ -223,7 +223,7 @@ def test_on_other_arguments_it_does_the_same_or_refuses(kind: Any, into: Any) ->
     """Whatever is passed, in either mode; and as the model is called by default, it runs."""
     model = model_of(kind)
     if into == "graph" and kind in NO_GRAPH:
-        with pytest.raises(fxr.TraceError, match=r"test_specialising\.py"):
+        with pytest.raises(fxr.errors.TraceError, match=r"test_specialising\.py"):
             fxr.rewrite(model, "conv_bn", into=into)
         return
     made, report = fxr.rewrite(model, "conv_bn", into=into)
@@ -232,7 +232,7 @@ def test_on_other_arguments_it_does_the_same_or_refuses(kind: Any, into: Any) ->
     for args, kwargs in CALLS:
         found = outcome(made, args, kwargs)
         assert is_right(outcome(model, args, kwargs), found), (args, kwargs, found)
-        refused += isinstance(found, fxr.SpecialisedError)
+        refused += isinstance(found, fxr.errors.SpecialisedError)
     assert refused == 0 or isinstance(made, fx.GraphModule)
     expected = outcome(model, (X,), {})
     if not isinstance(expected, Exception):
@@ -248,7 +248,7 @@ def test_a_graph_that_read_its_mode_refuses_the_other_one(kind: Any, training: b
     assert "its mode is taken for granted" in str(report)
     model.bn.eval()
     made.eval() if training else made.train()
-    with pytest.raises(fxr.SpecialisedError, match=r"self\.training"):
+    with pytest.raises(fxr.errors.SpecialisedError, match=r"self\.training"):
         made(X)
     made.train(training)
     made(X)
@@ -266,7 +266,7 @@ def test_a_module_tree_takes_either_mode(kind: Any) -> None:
 def test_the_mode_of_a_part_alone_counts_too() -> None:
     made, _ = fxr.rewrite(nets.randomise(nn.Sequential(ByMode(), nn.Tanh())), "conv_bn")
     made.get_submodule("0").train()
-    with pytest.raises(fxr.SpecialisedError, match="this graph of ByMode"):
+    with pytest.raises(fxr.errors.SpecialisedError, match="this graph of ByMode"):
         made(X.float())
 
 
@@ -278,12 +278,12 @@ def test_a_check_of_a_part_that_a_leaf_contains_stands_outside_of_the_leaf() -> 
 
     model = nets.Forward(forward, whole=nn.Sequential()).double()
     model.whole.add_module("inner", inner := model_of(ByModeOfDropout))
-    made, report = fxr.rewrite(model, "conv_bn", into="graph", leaf_modules=["whole"])
+    made, report = fxr.Rewriter("conv_bn", into="graph", leaf_modules=["whole"]).rewrite(model)
     assert torch.allclose(made(X), model(X))
     assert not hasattr(inner, "expect")
     assert [each.check for each in report.assumptions] == ["expect"]
     made.train()
-    with pytest.raises(fxr.SpecialisedError):
+    with pytest.raises(fxr.errors.SpecialisedError):
         made(X)
 
 
@@ -304,13 +304,13 @@ def test_what_a_model_does_not_run_without_is_not_left_out() -> None:
     assert torch.allclose(made(X), model(X))
     assert {each.argument for each in report.assumptions} == {"x", "flag", "more"}
     for args in ((None,), (X, True), (X, None, True)):
-        with pytest.raises(fxr.SpecialisedError):
+        with pytest.raises(fxr.errors.SpecialisedError):
             made(*args)
 
 
 def test_the_error_says_what_was_asked_where_and_what_to_do() -> None:
     made, report = fxr.rewrite(model_of(OptionalMask), "conv_bn", into="graph")
-    with pytest.raises(fxr.SpecialisedError) as error:
+    with pytest.raises(fxr.errors.SpecialisedError) as error:
         made(X, M)
     line = OptionalMask.forward.__code__.co_firstlineno + 2
     said = str(error.value)
@@ -322,7 +322,7 @@ def test_the_error_says_what_was_asked_where_and_what_to_do() -> None:
 
 
 def test_what_can_not_be_checked_is_an_error_that_says_where() -> None:
-    with pytest.raises(fxr.TraceError, match=r"x\[0\] if type\(x\) is list else x") as error:
+    with pytest.raises(fxr.errors.TraceError, match=r"x\[0\] if type\(x\) is list else x") as error:
         fxr.rewrite(model_of(ByType), "conv_bn", into="graph")
     assert "ByType can't be one graph since ByType asks" in str(error.value)
 
@@ -363,7 +363,7 @@ def test_an_argument_that_nothing_asks_of_is_free() -> None:
     """Only `flag` and `mode` decide the way, so `scale` may be given."""
     made, _ = fxr.rewrite(model_of(Branching), "conv_bn", into="graph")
     assert torch.allclose(made(X, 3.0), made(X) * 1.5)
-    with pytest.raises(fxr.SpecialisedError, match="flag is False, its default"):
+    with pytest.raises(fxr.errors.SpecialisedError, match="flag is False, its default"):
         made(X, flag=True)
 
 
@@ -493,7 +493,7 @@ class MakesArguments(fx.Tracer):
 
 @pytest.mark.parametrize("tracer", [fx.Tracer, RunsForwards, MakesArguments])
 def test_what_a_forward_asks_is_seen_whatever_the_tracer(tracer: type[fx.Tracer]) -> None:
-    _, report = fxr.rewrite(model_of(OptionalMaskInside), "conv_bn", tracer=tracer)
+    _, report = fxr.Rewriter("conv_bn", tracer=tracer).rewrite(model_of(OptionalMaskInside))
     assert report.into == "modules"
 
 
@@ -506,7 +506,7 @@ def test_what_fx_does_for_a_call_is_not_watched() -> None:
             seen.append(sys.gettrace())
             return super().is_leaf_module(m, module_qualified_name)
 
-    fxr.rewrite(model_of(OptionalMaskInside), "conv_bn", tracer=Telling)
+    fxr.Rewriter("conv_bn", tracer=Telling).rewrite(model_of(OptionalMaskInside))
     assert set(seen) == {None}
 
 
@@ -621,7 +621,7 @@ def test_whatever_a_forward_asks_the_answer_is_not_silently_another(
     model = asking(steps, default)
     try:
         made, _ = fxr.rewrite(model, "conv_bn", into=into)
-    except fxr.TraceError:
+    except fxr.errors.TraceError:
         assert into == "graph"
         return
     for args, training in [([], False), *calls]:

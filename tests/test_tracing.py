@@ -73,16 +73,16 @@ def test_leaf_modules_are_named_by_type_or_qualified_name():
 
 @pytest.mark.parametrize("wrong", ["0.nothing", "9", "linear"])
 def test_a_leaf_module_of_an_unknown_name_is_an_error_that_repeats_it(wrong):
-    with pytest.raises((AttributeError, fxr.FxRewriteError), match=wrong.rpartition(".")[2]):
-        fxr.plan(nn.Sequential(Scale()).eval(), drop_relu, leaf_modules=[wrong])
+    with pytest.raises((AttributeError, fxr.errors.FxRewriteError), match=wrong.rpartition(".")[2]):
+        fxr.Rewriter(drop_relu, leaf_modules=[wrong]).plan(nn.Sequential(Scale()).eval())
 
 
 @pytest.mark.parametrize(
     "wrong", ["0", Scale, [Scale()], [3]], ids=["str", "type", "module", "int"]
 )
 def test_leaf_modules_is_a_list_of_types_and_names_and_nothing_else(wrong):
-    with pytest.raises((TypeError, fxr.FxRewriteError), match="leaf_modules"):
-        fxr.plan(nn.Sequential(Scale()).eval(), drop_relu, leaf_modules=wrong)
+    with pytest.raises((TypeError, fxr.errors.FxRewriteError), match="leaf_modules"):
+        fxr.Rewriter(drop_relu, leaf_modules=wrong).plan(nn.Sequential(Scale()).eval())
 
 
 class Keeps(fx.Tracer):
@@ -105,9 +105,9 @@ def test_a_tracer_instance_is_as_it_was_and_serves_again():
     tracer = Keeps()
     before = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(tracer).items()}
     model = nn.Sequential(Scale(), nn.ReLU()).eval()
-    first = fxr.plan(model, drop_relu, tracer=tracer).to_json()
+    first = fxr.Rewriter(drop_relu, tracer=tracer).plan(model).to_json()
     assert vars(tracer) == before
-    assert fxr.plan(model, drop_relu, tracer=tracer).to_json() == first
+    assert fxr.Rewriter(drop_relu, tracer=tracer).plan(model).to_json() == first
     assert tracer.is_leaf_module(nn.ReLU(), "1") is False
 
 
@@ -137,7 +137,7 @@ def test_a_graph_module_may_read_a_tensor_and_an_attribute_of_it():
 
 def test_what_can_not_be_traced_names_module_line_reason_and_what_to_do():
     model = nn.Sequential(nn.ReLU(), nn.Sequential(Scale(), Branching())).eval()
-    with pytest.raises(fxr.TraceError) as error:
+    with pytest.raises(fxr.errors.TraceError) as error:
         fxr.plan(model, drop_relu, into="graph")
     said = str(error.value)
     line = Branching.forward.__code__.co_firstlineno + 1
@@ -146,7 +146,7 @@ def test_what_can_not_be_traced_names_module_line_reason_and_what_to_do():
     assert "it branches on a value that only a real run has" in said
     assert "leaf_modules=['1.1']" in said
     assert isinstance(error.value.__cause__, Exception)
-    report = fxr.plan(model, drop_relu, leaf_modules=["1.1"])
+    report = fxr.Rewriter(drop_relu, leaf_modules=["1.1"]).plan(model)
     assert [f.anchor for f in report.applied] == ["0", "1.0.act"]
 
 
@@ -155,7 +155,7 @@ def test_what_can_not_be_traced_names_module_line_reason_and_what_to_do():
     [(Branching, "it branches on a value"), (Counting, "it iterates over a value whose length")],
 )
 def test_a_root_that_can_not_be_traced_is_not_told_to_keep_itself_whole(kind, reason):
-    with pytest.raises(fxr.TraceError, match=reason) as error:
+    with pytest.raises(fxr.errors.TraceError, match=reason) as error:
         fxr.plan(kind().eval(), drop_relu, into="graph")
     assert f"stopped in {kind.__name__}, at" in str(error.value)
     assert "leaf_modules" not in str(error.value)
@@ -166,7 +166,7 @@ def test_an_error_of_the_forward_itself_is_repeated():
         def forward(self, x):
             return self.nothing(x)
 
-    with pytest.raises(fxr.TraceError, match=r"no attribute 'nothing'") as error:
+    with pytest.raises(fxr.errors.TraceError, match=r"no attribute 'nothing'") as error:
         fxr.plan(nn.Sequential(Wrong()), drop_relu, into="graph")
     assert "return self.nothing(x)" in str(error.value)
 
@@ -177,7 +177,7 @@ def test_a_model_that_is_scripted_or_compiled_is_refused_with_the_order_to_use()
         scripted = torch.jit.script(Scale().eval())
     for model, words in ((scripted, "before torch.jit"), (torch.compile(Scale()), "torch.compile")):
         with pytest.raises(
-            fxr.TraceError, match=f"already; rewrite the model before .*{words[-7:]}"
+            fxr.errors.TraceError, match=f"already; rewrite the model before .*{words[-7:]}"
         ):
             fxr.plan(model, drop_relu)
 
@@ -185,7 +185,9 @@ def test_a_model_that_is_scripted_or_compiled_is_refused_with_the_order_to_use()
 def test_a_root_with_a_forward_of_its_own_is_refused():
     model = Scale().eval()
     model.forward = lambda x: x
-    with pytest.raises(fxr.TraceError, match="Scale because it has a forward set on the instance"):
+    with pytest.raises(
+        fxr.errors.TraceError, match="Scale because it has a forward set on the instance"
+    ):
         fxr.plan(model, drop_relu, into="graph")
 
 
@@ -253,7 +255,7 @@ def test_tracing_leaves_the_model_as_it_was_whatever_its_forward_does(how, insid
         assert model.steps.item() == 1
         model.steps.zero_()
     else:
-        with pytest.raises(fxr.TraceError, match="which a graph can't do for it"):
+        with pytest.raises(fxr.errors.TraceError, match="which a graph can't do for it"):
             fxr.rewrite(root, drop_relu, into="graph")
     assert {**vars(model), "_buffers": 0} == {**before, "_buffers": 0}
     assert (model.steps.item(), model.plain.item(), model.stack) == (0, 0, [0])
@@ -350,5 +352,5 @@ def test_a_write_of_what_is_there_already_is_a_write() -> None:
 
     model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn()).double()
     model(nets.X)
-    with pytest.raises(fxr.TraceError, match=r"changes bn\.running_mean"):
+    with pytest.raises(fxr.errors.TraceError, match=r"changes bn\.running_mean"):
         fxr.fuse(model, into="graph")

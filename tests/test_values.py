@@ -145,7 +145,9 @@ def test_looking_for_shapes_computes_nothing_runs_no_hook_and_changes_nothing():
     "given", [X[:, :2], "text", {"input": X}, (), (X, X)], ids=["shape", "str", "dict", "0", "2"]
 )
 def test_inputs_that_the_model_does_not_take_are_an_error_that_says_so(given):
-    with pytest.raises(fxr.FxRewriteError, match="can't be called with these example_inputs"):
+    with pytest.raises(
+        fxr.errors.FxRewriteError, match="can't be called with these example_inputs"
+    ):
         seen(chain(), given)
 
 
@@ -169,7 +171,7 @@ MISUSED = {
 
 @pytest.mark.parametrize("how", MISUSED)
 def test_a_value_that_goes_with_its_chain_can_not_be_read_by_what_replaces_it(how):
-    with pytest.raises(fxr.RuleError, match="rule 'misusing'"):
+    with pytest.raises(fxr.errors.RuleError, match="rule 'misusing'"):
         rewrite_chain(MISUSED[how])
 
 
@@ -180,7 +182,7 @@ def test_a_value_of_an_earlier_site_can_not_be_read_when_it_is_gone():
         values.append(m.between)
         return fxr.Bypass() if len(values) == 1 else fxr.Call(torch.add, values[0])
 
-    with pytest.raises(fxr.RuleError, match="rule 'misusing'"):
+    with pytest.raises(fxr.errors.RuleError, match="rule 'misusing'"):
         rewrite_chain(read_the_first)
 
 

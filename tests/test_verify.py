@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite import InputError, verify
+from fxrewrite.errors import InputError
+from fxrewrite import verify
 from fxrewrite.cli.timing import time_in_turns
 from fxrewrite.module_utils.running import run
 
@@ -401,7 +402,7 @@ def test_verifying_needs_no_command_line_packages() -> None:
     """The public functions import nothing that only the command line needs, or that is slow to."""
     code = (
         "import sys, torch, fxrewrite as fxr\n"
-        "fxr.localise(torch.nn.ReLU(), 'conv_bn', fxr.random_inputs((2, 3)))\n"
+        "fxr.localise(torch.nn.ReLU(), 'conv_bn', fxr.verification.random_inputs((2, 3)))\n"
         "assert not {'typer', 'rich', 'safetensors', 'hypothesis'} & {*sys.modules}\n"
         "assert not {'torch._inductor', 'torch._dynamo', 'torchvision', 'timm'} & {*sys.modules}"
     )

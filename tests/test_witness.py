@@ -73,7 +73,9 @@ def test_the_run_leaves_nothing_behind() -> None:
 
 def test_inputs_that_the_model_does_not_take_are_an_error() -> None:
     model = parts(a=nn.Sequential(conv(), bn()))
-    with pytest.raises(fxr.FxRewriteError, match="can't be called with these example_inputs"):
+    with pytest.raises(
+        fxr.errors.FxRewriteError, match="can't be called with these example_inputs"
+    ):
         fxr.rewrite(model, "conv_bn", X[:, :2])
 
 

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..api import rewrite
 from ..errors import LoadError
 from ..explain.report import Report
-from ..module_utils.tree import _parent_name
-from ..pipeline.rewriting import Into
-from ..rules.registry import Rules
-from ..tracing.tracer import LeafModules
+from ..module_utils.tree import parent_name
+from ..pipeline.rewriting import Options, rewrite
 
 _DIFFERENCES_SHOWN = 5
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -27,66 +25,27 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 def load(
     build: Callable[[], nn.Module],
-    rules: Rules,
+    options: Options,
     state: Mapping[str, torch.Tensor] | str | Path,
     report: Report | str | None = None,
-    *,
-    into: Into | None = None,
     example_inputs: Any = None,
-    tracer: fx.Tracer | type[fx.Tracer] | None = None,
-    leaf_modules: LeafModules = (),
 ) -> Any:
-    """Build a model's architecture, rewrite it as it was rewritten before, and load what was saved.
-
-    The architecture is built and rewritten on the meta device, where no tensor has numbers. If that
-    can't be done, or leaves a tensor without numbers since no state dict holds it (a buffer that is
-    not persistent, a constant of the forward), it is done once more with the numbers of `build`.
-
-    >>> import fxrewrite as fxr
-    >>> def build():
-    ...     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
-    >>> fused, report = fxr.rewrite(build().eval(), "conv_bn")
-    >>> again = fxr.load(build, "conv_bn", fused.state_dict(), report.to_json())
-    >>> torch.equal(again(torch.ones(1, 3, 4, 4)), fused(torch.ones(1, 3, 4, 4)))
-    True
-
-    Args:
-        build: makes the original model, of the same architecture; its weights don't matter. It is
-            called once or twice.
-        rules: the rules that the saved model was rewritten by, as `rewrite` takes them.
-        state: the rewritten model's state dict, or a file of it (.safetensors, or what torch.save
-            wrote). Its tensors become the model's own, with their dtypes and devices.
-        report: the report of that rewrite, or its JSON, to compare this rewrite with.
-        into: as for `rewrite`, like the arguments that follow; by default what the report says.
-
-    Returns:
-        The rewritten model in eval mode.
-
-    Raises:
-        LoadError: the file can't be read, the rewrite is another one than the report tells of, or
-            the state dict does not fit; nothing is loaded in part.
-    """
+    """What `Rewriter.load` does, with the options that the rewriter holds."""
     saved = json.loads(report.to_json() if isinstance(report, Report) else report or "{}")
+    options = attrs.evolve(options, into=options.into or saved.get("into"))
     tensors = read_state(Path(state)) if isinstance(state, str | Path) else state
 
     def attempt(device: torch.device | None) -> Any:
         with device or contextlib.nullcontext():
             model = build().eval()
         inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device or x), example_inputs)
-        made, now = rewrite(
-            model,
-            rules,
-            inputs,
-            into=into or saved.get("into"),
-            tracer=tracer,
-            leaf_modules=leaf_modules,
-        )
+        done = rewrite(model, inputs, options)
         if saved:
-            _compare(saved, json.loads(now.to_json()))
-        _assign(made, tensors)
-        for name in _without_numbers(made):
+            _compare(saved, json.loads(done.report.to_json()))
+        _assign(done.made, tensors)
+        for name in _without_numbers(done.made):
             raise LoadError(f"neither the state dict nor build() gives the tensor {name}")
-        return made
+        return done.made
 
     # What goes wrong without numbers may be right with them; if not, that error is the better one.
     with contextlib.suppress(Exception):
@@ -132,7 +91,7 @@ def read_state(path: Path) -> Mapping[str, torch.Tensor]:
 
 def _compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise LoadError unless two reports tell of the same rewrite."""
-    for key, name in (("into", "the destination"), ("rule_sets", "the rules")):
+    for key, name in (("into", "into"), ("rule_sets", "the rules")):
         if key in saved and saved[key] != now[key]:
             raise LoadError(f"{name} was {saved[key]!r} when the model was saved, not {now[key]!r}")
     before, after = _applied(saved), _applied(now)
@@ -184,7 +143,7 @@ def _assign(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         raise LoadError(f"the state dict does not fit the rewritten model: {error}") from error
     for first, *others in tied:
         for name in others:
-            owner, attribute = _parent_name(name)
+            owner, attribute = parent_name(name)
             setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
 
 

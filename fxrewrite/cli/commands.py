@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from ..api import localise, rewrite
+from ..api import Rewriter, rewrite
 from ..cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from ..errors import FxRewriteError, TraceError, UnknownRuleSetError
 from ..explain.report import Report
@@ -145,7 +145,7 @@ def _rewrite_and_measure(
         record["verification"] = verification.to_dict()
         record["guilty"] = []
         if not verification.same:
-            found = localise(original, rule_sets, inputs, inputs, progress=progress)
+            found = Rewriter(rule_sets).localise(original, inputs, inputs, progress=progress)
             record["guilty"] = [str(each) for each in found.guilty]
     if not verification.same:
         _say(console, "differs", str(verification), "bold red")

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 from .op_table import SPELLINGS, Spelling
@@ -143,11 +143,11 @@ class Lifting:
         """Each owner of tensors that a call is given, the call's name, and the types it spells."""
         for lifted in self.lifted.values():
             for target in lifted.targets.values():
-                yield _parent_name(target)[0], str(lifted.node.target), (type(lifted.module),)
+                yield parent_name(target)[0], str(lifted.node.target), (type(lifted.module),)
         for each in self.declined:
             for read in each.node.all_input_nodes:
                 if read.op == "get_attr":
-                    yield _parent_name(str(read.target))[0], each.node.name, each.kinds
+                    yield parent_name(str(read.target))[0], each.node.name, each.kinds
 
     def _constant(self, node: fx.Node) -> tuple[str, Any] | None:
         """The name and value of the model's tensor that a node reads, transposed perhaps."""
@@ -178,7 +178,7 @@ class Lifting:
 
     def _owner(self, targets: dict[str, str]) -> str:
         """The name of the module whose tensors these seem to be, where nothing has it."""
-        owners = {_parent_name(target)[0] for target in targets.values()}
+        owners = {parent_name(target)[0] for target in targets.values()}
         owner = owners.pop() if len(owners) == 1 else ""
         return owner if owner and self._view.free_name(owner) == owner else ""
 

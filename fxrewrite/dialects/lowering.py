@@ -16,7 +16,7 @@ from ..ir.describe import PROVENANCE
 from ..ir.fake_values import renew
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 from .lifting import TRANSPOSES, Lifted, Lifting
 from .op_table import SPELLINGS, Spelling
 from .semantics import Transposed
@@ -128,7 +128,7 @@ class _Lowering:
             return self._view.graph.call_function(permute, (read, *TRANSPOSES[permute]))
         if isinstance(value, torch.Tensor):
             target = self._target(value, field, lifted)
-            self.names.setdefault(str(node.target), _parent_name(target)[0])
+            self.names.setdefault(str(node.target), parent_name(target)[0])
             read = self._view.graph.create_node("get_attr", target)
             self._view.count(read, +1)
             return read
@@ -143,7 +143,7 @@ class _Lowering:
         old = {fields.get(name, name): target for name, target in lifted.targets.items()}
         beside, target = old.get("weight", next(iter(old.values()), "")), old.get(field)
         if target is None:
-            owner, name = _parent_name(beside)
+            owner, name = parent_name(beside)
             sibling = field if name == "weight" else f"{name}_{field}"
             target = view.free_name(f"{owner}.{sibling}" if owner else sibling)
         elif view.is_used(target):

@@ -81,7 +81,7 @@ class Driver:
         return names | {node.name for node in (*self._declined, *self._made)}
 
     def _settle(self, nodes: Iterable[fx.Node]) -> None:
-        """Walk over nodes, and again over those where a later rewrite may have made a difference."""
+        """Walk over nodes, then again over those where a later rewrite may make a difference."""
         self._tried.clear()
         while nodes:
             for node in nodes:

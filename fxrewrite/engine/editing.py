@@ -22,7 +22,7 @@ from .match import Link, Site
 
 @attrs.frozen
 class Storage:
-    """What a step does with storage: gives new, hands its input on as it is, writes to its input."""
+    """What a step does with storage: makes some, hands its input on as it is, writes to that."""
 
     is_fresh: bool
     hands_on: bool

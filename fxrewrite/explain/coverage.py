@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 from torch import nn
 
 from ..dialects.lifting import Lifting, any_is
@@ -12,22 +13,18 @@ from ..engine.report import Finding
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 from ..rules.rule import Rule
 from ..tracing.stops import Stop
 
 
-def is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
-    """Whether a module is of the kind that a rule looks for first."""
-    return isinstance(module, rule.pattern.anchor_step.modules)
-
-
-class Reach:
-    """How the graphs of a model get at its modules; made before rules change the graphs.
+class Coverage:
+    """How far the graphs of a model reach its modules; made before rules change the graphs.
 
     `names` are all modules, each with the first of its names. `calls` has for each layer the calls
     of functions that are given its tensors. `unreached` says why no node calls a module, for each
-    that is not traced through, and for which no such call answers.
+    that is not traced through, and for which no such call answers. `stops` says what could not be
+    traced, and how many anchors are inside of it.
 
     Args:
         modules: all modules of the model by qualified name.
@@ -54,6 +51,7 @@ class Reach:
                 if owner and owner in modules:
                     self._note(owner, view.shown(call), kinds)
         self.unreached = self._unreached(list(liftings), {each.name: each for each in stops})
+        self.stops = tuple(attrs.evolve(each, anchors=self._inside(each, rules)) for each in stops)
 
     def findings(self) -> list[Finding]:
         """A finding for each module of an anchor's type among those that no node calls."""
@@ -65,6 +63,11 @@ class Reach:
                 findings.append(Finding(anchor, "missed", rule.name, cause=reason))
         return findings
 
+    def _inside(self, stop: Stop, rules: Sequence[Rule[Any]]) -> int:
+        """How many anchors are inside a module that could not be traced."""
+        inside = self._modules[stop.name].modules()
+        return sum(any(_is_anchor(each, rule) for rule in rules) for each in inside)
+
     def _note(self, owner: str, call: str, kinds: tuple[type[nn.Module], ...]) -> None:
         """Note that a call that spells these types is given a module's tensors."""
         known, module = self.names[owner], self._modules[owner]
@@ -74,7 +77,7 @@ class Reach:
             self._spelt.add(id(module))  # the call answers for it
 
     def _looking_for(self, module: nn.Module) -> Iterator[Rule[Any]]:
-        return (rule for rule in self._rules if is_anchor(module, rule))
+        return (rule for rule in self._rules if _is_anchor(module, rule))
 
     def _unreached(self, views: Sequence[GraphView], stopped: Mapping[str, Stop]) -> dict[str, str]:
         called = set(self._spelt)
@@ -89,7 +92,7 @@ class Reach:
                 module = view.module(node)
                 if module is not None:
                     called.add(id(module))
-                    above.add(_parent_name(str(node.target))[0])
+                    above.add(parent_name(str(node.target))[0])
                     if module._modules and str(node.target) not in stopped:
                         hook = has_hooks(module)
                         because = f", since it carries {hook}" if hook else ""
@@ -108,6 +111,11 @@ class Reach:
                 called.add(id(module))
                 reasons[name] = _reason(name, module, inside, stopped)
         return reasons
+
+
+def _is_anchor(module: nn.Module, rule: Rule[Any]) -> bool:
+    """Whether a module is of the kind that a rule looks for first."""
+    return isinstance(module, rule.pattern.anchor_step.modules)
 
 
 def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
@@ -141,5 +149,5 @@ def _reason(
 
 def _above(name: str) -> Iterator[str]:
     """The qualified names of the modules around one, from the inside."""
-    while name := _parent_name(name)[0]:
+    while name := parent_name(name)[0]:
         yield name

@@ -13,7 +13,7 @@ from ..errors import ExpectationError, UnknownNameError
 from ..tracing.assumptions import Assumption
 from ..tracing.stops import Stop
 from .near_misses import NearMiss
-from .state_dict_map import Became
+from .state_dict_map import TensorFate
 
 _LINES_PER_OUTCOME = 20
 
@@ -25,10 +25,11 @@ class Report:
     `rule_sets` names the rules of each set, `modules` all modules of the model, each with the first
     of its names, `calls` for each layer the calls of functions that are given its tensors, and
     `nodes` the nodes that were looked at. `near_misses` has what is no anchor, took part in
-    nothing, and might have; `unreached` says of modules why no call of them was looked at. `into` is "graph"
-    or "modules", what the result is; `stops` has each module that could not be traced, and why.
-    `assumptions` has what a forward asks that a graph answers once: a graph checks it, and a module
-    tree need not. `parameter_names` has for each key of the model's state dict what became of it.
+    nothing, and might have; `unreached` says of modules why no call of them was looked at. `into`
+    is "graph" or "modules", what the result is; `stops` has each module that could not be traced,
+    and why. `assumptions` has what a forward asks that a graph answers once: a graph checks it, and
+    a module tree need not. `parameter_names` has for each key of the model's state dict what became
+    of it.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -49,7 +50,7 @@ class Report:
     unreached: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     into: str = "graph"
     stops: tuple[Stop, ...] = ()
-    parameter_names: Mapping[str, Became] = attrs.field(factory=dict, repr=False)
+    parameter_names: Mapping[str, TensorFate] = attrs.field(factory=dict, repr=False)
     assumptions: tuple[Assumption, ...] = ()
 
     @property

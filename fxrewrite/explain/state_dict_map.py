@@ -9,13 +9,13 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 
 How = Literal["same", "changed", "moved", "folded", "gone"]
 
 
 @attrs.frozen
-class Became:
+class TensorFate:
     """What became of a tensor of the model, and under which keys the result has it.
 
     `same`: the same tensor under the same key. `changed`: another tensor under the same key.
@@ -32,13 +32,13 @@ class Became:
         return f"{words}{', '.join(self.keys)}" if words else self.how
 
 
-class Renamed(Mapping[str, Became]):
+class StateDictMap(Mapping[str, TensorFate]):
     """For each key of the model's state dict, what became of it in the result.
 
     It is told apart when it is asked for; what both state dicts have is noted at once.
 
     >>> model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1, bias=False))
-    >>> print(Renamed(model, nn.Sequential(*model[1:]), {})["1.weight"])
+    >>> print(StateDictMap(model, nn.Sequential(*model[1:]), {})["1.weight"])
     moved to 0.weight
 
     Args:
@@ -51,7 +51,7 @@ class Renamed(Mapping[str, Became]):
         self._before, self._now = _saved(model), _saved(made)
         self._rewritten = rewritten
 
-    def __getitem__(self, key: str) -> Became:
+    def __getitem__(self, key: str) -> TensorFate:
         return self._became[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,36 +61,36 @@ class Renamed(Mapping[str, Became]):
         return len(self._before)
 
     @functools.cached_property
-    def _became(self) -> dict[str, Became]:
+    def _became(self) -> dict[str, TensorFate]:
         now = self._now
         keys_of: dict[int, list[str]] = {}
         for key, tensor in now.items():
             keys_of.setdefault(tensor, []).append(key)
         of_module: dict[str, list[str]] = {}
         for key in now:
-            owner, _ = _parent_name(key)
+            owner, _ = parent_name(key)
             while owner:
                 of_module.setdefault(owner, []).append(key)
-                owner, _ = _parent_name(owner)
+                owner, _ = parent_name(owner)
         result = {}
         for key, tensor in self._before.items():
             if now.get(key) == tensor:
-                result[key] = Became("same", (key,))
+                result[key] = TensorFate("same", (key,))
             elif key in now:
-                result[key] = Became("changed", (key,))
+                result[key] = TensorFate("changed", (key,))
             elif tensor in keys_of:
-                result[key] = Became("moved", tuple(keys_of[tensor]))
+                result[key] = TensorFate("moved", tuple(keys_of[tensor]))
             else:
-                owner, _ = _parent_name(key)
+                owner, _ = parent_name(key)
                 keys = tuple(of_module.get(_end(owner, self._rewritten), ()))
-                result[key] = Became("folded", keys) if keys else Became("gone")
+                result[key] = TensorFate("folded", keys) if keys else TensorFate("gone")
         return result
 
 
 def _end(name: str, became: Mapping[str, str]) -> str:
     """Where the chain of rewrites that starts with a module of that name came to an end."""
     while name and name not in became:  # a tensor of a part of what was matched, or of none
-        name, _ = _parent_name(name)
+        name, _ = parent_name(name)
     seen: set[str] = set()
     while name in became and name not in seen:
         seen.add(name)

@@ -1,10 +1,10 @@
-"""Rules for `torch.compile`: around a backend, and as a pass of inductor."""
+"""Rules for `torch.compile`, around a backend."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -22,9 +22,6 @@ from ..targets.graph_inputs import Input, as_inputs
 from ..targets.graph_module import graph_module
 from ..tracing.tracer import copy_of
 
-if TYPE_CHECKING:
-    from .inductor_pass import InductorPass
-
 _log = logging.getLogger("fxrewrite")
 
 Compiled = Callable[..., Any]
@@ -41,7 +38,7 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
     >>> import fxrewrite as fxr
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
-    >>> compiled = torch.compile(model, backend=fxr.backend("conv_bn", inner="eager"))
+    >>> compiled = torch.compile(model, backend=fxr.integrations.backend("conv_bn", inner="eager"))
     >>> with torch.no_grad():
     ...     compiled(torch.ones(1, 3, 4, 4)).shape
     torch.Size([1, 8, 4, 4])
@@ -67,25 +64,6 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
         return _Compiled(rewriting, made, example_inputs, compile_inner)
 
     return compile_graph
-
-
-def inductor_pass(rules: Rules) -> InductorPass:
-    """Rules for one of inductor's hooks, such as `config.post_grad_custom_pre_pass`.
-
-    >>> import fxrewrite as fxr
-    >>> from torch._inductor import config
-    >>> with config.patch(post_grad_custom_pre_pass=fxr.inductor_pass("conv_bn")):
-    ...     pass  # what is compiled here goes through the rules
-
-    Args:
-        rules: as in `rewrite`.
-
-    Raises:
-        UnknownRuleSetError: no rule set has the given name.
-    """
-    from .inductor_pass import InductorPass  # inductor takes seconds to import
-
-    return InductorPass(apart(resolve(rules)))
 
 
 @attrs.frozen(eq=False)
@@ -133,8 +111,8 @@ class _Rewriting:
             view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
             read_by = _constants_read(view)
-            applied = apply(view, self._rule_sets, Target())
-            if not applied.is_change:
+            applied = apply({view: Target()}, self._rule_sets, view.modules)
+            if not applied.sites:
                 return None
             kept, tensors = self._flatten(view, constants)
             module = graph_module(view)
@@ -142,7 +120,7 @@ class _Rewriting:
         for node in module.graph.nodes:
             if "val" in node.meta:
                 node.meta["example_value"] = node.meta.pop("val")
-        sites = [each.nodes for each in applied.findings if each.outcome == "applied"]
+        sites = [finding.nodes for _, finding in applied.sites]
         seen = {name for nodes in sites for node in nodes for name in read_by.get(node, ())}
         watched = tuple(i for i, node in enumerate(placeholders) if node.name in seen)
         _log.info("applied %d rules to a graph of %d nodes", len(sites), len(graph.nodes))

@@ -21,7 +21,7 @@ from ..tracing.tracer import copy_of
 
 
 class InductorPass(CustomGraphPass):
-    """Rules as one of inductor's custom passes over graphs; made by `inductor_pass`."""
+    """Rules as one of inductor's custom passes; made by `integrations.inductor_pass`."""
 
     def __init__(self, rule_sets: list[RuleSet]) -> None:
         self._rule_sets = rule_sets
@@ -41,12 +41,15 @@ class InductorPass(CustomGraphPass):
     def _apply(self, graph: fx.Graph) -> None:
         root = graph.owning_module or nn.Module()
         # First on a copy, so that where a rule raises the graph is as it was.
-        dry = apply(GraphView(root, copy_of(graph), {}), self._rule_sets, Target())
-        if dry.is_change:
+        if self._applied(GraphView(root, copy_of(graph), {})):
             view = GraphView(root, graph, {})
-            apply(view, self._rule_sets, Target(), len(dry.sites))
+            self._applied(view)
             _install(view, root)
             graph.lint()
+
+    def _applied(self, view: GraphView) -> bool:
+        targets = {view: Target()}
+        return bool(apply(targets, self._rule_sets, view.modules).sites)
 
 
 def _install(view: GraphView, root: nn.Module) -> None:
@@ -77,7 +80,7 @@ class _Has:
 
 def _source_hash(rule_sets: list[RuleSet]) -> bytes | None:
     found = hashlib.sha256()
-    files: set[str] = set(map(str, Path(__file__).parent.rglob("*.py")))
+    files: set[str] = set(map(str, Path(__file__).parents[1].rglob("*.py")))
     for rule in (rule for rule_set in rule_sets for rule in rule_set.rules):
         found.update(f"{rule.name} {rule.pattern} {rule.any_mode} {rule.last}".encode())
         alike = (step.alike for step in rule.pattern.steps if step.alike is not None)

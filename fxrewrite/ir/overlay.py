@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..module_utils.tree import _parent_name, fresh_name
+from ..module_utils.tree import fresh_name, parent_name
 from .arguments import arguments
 from .constant_eval import evaluate, is_constant
 
@@ -72,7 +72,7 @@ class Overlay:
         """The value of that qualified name."""
         if target in self.placed:
             return self.placed[target]
-        owner, name = _parent_name(target)
+        owner, name = parent_name(target)
         # A path may lead through a tensor or a plain object, as `scale.T` does.
         holder = self.modules.get(owner)
         return getattr(holder, name) if holder is not None else _walk(self.root, target)
@@ -152,7 +152,7 @@ class Overlay:
 
     def _is_below_used(self, target: str) -> bool:
         while "." in target:
-            target, _ = _parent_name(target)
+            target, _ = parent_name(target)
             if self._called.get(target):
                 return True
         return False
@@ -188,7 +188,7 @@ class Overlay:
 
     def _use_containers(self, target: str, by: int) -> None:
         while "." in target:
-            target, _ = _parent_name(target)
+            target, _ = parent_name(target)
             container = self.modules.get(target)
             if container is not None:
                 self._use(container, by)
@@ -218,7 +218,7 @@ class _Taken:
 
     def __contains__(self, target: object) -> bool:
         view, target = self._view, str(target)
-        owner, name = _parent_name(target)
+        owner, name = parent_name(target)
         if target in view.placed or target in view.modules or keyword.iskeyword(name):
             return True
         if not owner and name in _RESERVED:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 
-def _parent_name(target: str) -> tuple[str, str]:
+def parent_name(target: str) -> tuple[str, str]:
     """Split a qualified name into its parent's name and the name below it.
 
-    >>> _parent_name("layer1.0.conv"), _parent_name("conv")
+    >>> parent_name("layer1.0.conv"), parent_name("conv")
     (('layer1.0', 'conv'), ('', 'conv'))
     """
     parent, _, name = target.rpartition(".")
@@ -47,8 +47,8 @@ def set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:
     """
     if not target:
         raise ValueError("the root module itself can't be replaced; give a qualified name")
-    parent_name, name = _parent_name(target)
-    parent = get_submodule(root, parent_name)
+    owner, name = parent_name(target)
+    parent = get_submodule(root, owner)
     if name in parent._parameters or name in parent._buffers or name in parent.__dict__:
         delattr(parent, name)
     setattr(parent, name, module)
@@ -67,7 +67,7 @@ def delete_submodule(root: nn.Module, target: str) -> None:
     if not target:
         raise ValueError("the root module itself can't be deleted; give a qualified name")
     get_submodule(root, target)
-    parent, name = _parent_name(target)
+    parent, name = parent_name(target)
     delattr(get_submodule(root, parent), name)
 
 

@@ -1,4 +1,4 @@
-"""Apply rules to graph views, from lifting to lowering, and account for all of it."""
+"""Lift, drive and lower: rules applied to the graphs of a model, each with what it is for."""
 
 from __future__ import annotations
 
@@ -6,113 +6,100 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+from torch import nn
 
 from ..dialects.lifting import Lifting
 from ..dialects.lowering import lower
 from ..engine.driver import Driver
 from ..engine.report import Finding
 from ..engine.target import Target
-from ..explain.coverage import Reach, is_anchor, not_lifted
+from ..explain.coverage import Coverage, not_lifted
 from ..explain.near_misses import NearMiss, near_misses
 from ..explain.report import Report
-from ..explain.state_dict_map import Renamed
+from ..explain.state_dict_map import StateDictMap
 from ..ir.graph_view import GraphView
 from ..rules.rule import Rule, RuleSet
 from ..tracing.stops import Stop
+from .rule_lists import rules_of
 
 
 @attrs.frozen
 class Applied:
-    """What rules did to views, from which a report is made once there is a result."""
+    """What rules did to graphs, from which a report is made once there is a result.
+
+    `sites` are in the order in which they were rewritten, each with its rule; `became` has what
+    stands where a module or a call stood.
+    """
 
     rule_sets: Sequence[RuleSet]
-    findings: tuple[Finding, ...]
     sites: tuple[tuple[Rule[Any], Finding], ...]
+    findings: tuple[Finding, ...]
     near_misses: Mapping[str, tuple[NearMiss, ...]]
-    reach: Reach
+    coverage: Coverage
     nodes: frozenset[str]
     became: Mapping[str, str]
-    stops: tuple[Stop, ...] = ()
-
-    @property
-    def is_change(self) -> bool:
-        """Whether any rule was applied."""
-        return any(finding.outcome == "applied" for finding in self.findings)
 
     def report(self, model: Any, made: Any, into: str) -> Report:
-        """The report of the rewrite of a model into what was made of the views."""
+        """The report of the rewrite of a model into what was made of the graphs."""
         names: dict[str, dict[str, None]] = {}
         for each in self.rule_sets:
             names.setdefault(each.name, {}).update(dict.fromkeys(rule.name for rule in each.rules))
-        of_sets = {name: tuple(rules) for name, rules in names.items()}
         return Report(
-            self.findings,
-            of_sets,
-            self.reach.names,
-            self.reach.calls,
-            self.nodes,
-            self.near_misses,
-            self.reach.unreached,
-            into,
-            self.stops,
-            Renamed(model, made, self.became),
+            findings=self.findings,
+            rule_sets={name: tuple(rules) for name, rules in names.items()},
+            modules=self.coverage.names,
+            calls=self.coverage.calls,
+            nodes=self.nodes,
+            near_misses=self.near_misses,
+            unreached=self.coverage.unreached,
+            into=into,
+            stops=self.coverage.stops,
+            parameter_names=StateDictMap(model, made, self.became),
         )
 
 
 def apply(
-    view: GraphView, rule_sets: Sequence[RuleSet], target: Target, limit: int | None = None
-) -> Applied:
-    """Edit the view's graph as the rules say, at so many sites at most."""
-    return apply_to_parts(view.modules, {view: target}, rule_sets, limit=limit)
-
-
-def apply_to_parts(
-    modules: Mapping[str, Any],
-    views: Mapping[GraphView, Target],
+    targets: Mapping[GraphView, Target],
     rule_sets: Sequence[RuleSet],
+    modules: Mapping[str, nn.Module],
     stops: Sequence[Stop] = (),
     limit: int | None = None,
 ) -> Applied:
-    """Edit the graphs of a model's parts, each with its target, as the rules say.
+    """Edit the graphs of a model as the rules say.
 
-    `modules` are all of the model by qualified name, and `stops` what of it could not be traced.
-    `limit` is how many sites to rewrite at most, of all parts together.
+    Args:
+        targets: the graphs, each with what it is rewritten for.
+        rule_sets: the rules; earlier ones are tried first.
+        modules: all modules of the model, by qualified name.
+        stops: what of the model could not be traced.
+        limit: how many sites to rewrite at most, of all graphs together.
     """
-    rules = list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
-    nodes = frozenset(view.shown(node.name) for view in views for node in view.graph.nodes)
-    liftings = {view: Lifting(view, rules) for view in views}
-    reach = Reach(modules, liftings, stops, rules)
-    findings: list[Finding] = []
+    rules = rules_of(rule_sets)
+    nodes = frozenset(view.shown(node.name) for view in targets for node in view.graph.nodes)
+    liftings = {view: Lifting(view, rules) for view in targets}
+    coverage = Coverage(modules, liftings, stops, rules)
     sites: list[tuple[Rule[Any], Finding]] = []
+    findings: list[Finding] = []
     near: dict[str, tuple[NearMiss, ...]] = {}
     lowered: dict[str, str] = {}
-    for view, target in views.items():
+    for view, target in targets.items():
         driver = Driver(view, rules, target, None if limit is None else limit - len(sites))
         found = (*driver.run(), *not_lifted(liftings[view], rules))
-        findings += [each.renamed(view.shown) for each in found] if view.part else found
         sites += driver.applied
+        findings += [each.renamed(view.shown) for each in found] if view.part else found
         for name, said in near_misses(view, rules, driver.told).items():
             near[view.shown(name)] = (*near.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
-    findings += reach.findings()
-    became = {name: each.became for each in findings if each.became for _, name in each.steps}
-    # From the layer whose tensors a call reads to that call, and from there back to a layer.
+    findings += coverage.findings()
+    became = _became(findings, coverage, lowered)
+    return Applied(rule_sets, tuple(sites), tuple(findings), near, coverage, nodes, became)
+
+
+def _became(
+    findings: Sequence[Finding], coverage: Coverage, lowered: Mapping[str, str]
+) -> dict[str, str]:
+    """From the layer whose tensors a call reads to that call, and from there back to a layer."""
+    became = {owner: calls[0] for owner, calls in coverage.calls.items()}
+    became |= {name: each.became for each in findings if each.became for _, name in each.steps}
     ends = {*lowered.values()}
-    first_calls = {owner: calls[0] for owner, calls in reach.calls.items()}
-    became = {k: v for k, v in {**first_calls, **became}.items() if k not in ends} | lowered
-
-    def with_anchors(stop: Stop) -> Stop:
-        inside = modules[stop.name].modules()
-        count = sum(any(is_anchor(each, rule) for rule in rules) for each in inside)
-        return attrs.evolve(stop, anchors=count)
-
-    return Applied(
-        rule_sets,
-        tuple(findings),
-        tuple(sites),
-        near,
-        reach,
-        nodes,
-        became,
-        tuple(map(with_anchors, stops)),
-    )
+    return {name: to for name, to in became.items() if name not in ends} | dict(lowered)

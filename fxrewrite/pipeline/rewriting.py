@@ -1,9 +1,9 @@
-"""From a model to its rewritten form: trace, apply rules, make what was asked for."""
+"""One rewrite from end to end: trace, lift, drive, lower, write out, report."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -11,111 +11,209 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..engine.report import Finding
 from ..engine.target import Target
 from ..errors import FxRewriteError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
-from ..rules.rule import RuleSet
+from ..rules.registry import Rules, resolve
+from ..rules.rule import Rule, RuleSet
 from ..targets.evidence import Witness
-from ..targets.exported_program import Program
+from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.module_copy import copied
-from ..targets.module_tree import IntoModules
+from ..targets.module_tree import ModuleTreeTarget
 from ..targets.reading.flows import Flows
+from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
-from ..tracing.tracer import LeafModules, attempt, checked_leaves, is_compiled
-from .applying import Applied, apply, apply_to_parts
-from .rule_lists import leaf_types, wanted_types
+from ..tracing.stops import Stop
+from ..tracing.tracer import attempt, checked_leaves, is_compiled
+from .applying import apply
+from .rule_lists import apart, leaf_types, rules_of, wanted_types
 
 Into = Literal["graph", "modules"]
 
 
+def _resolved(rules: Rules) -> tuple[RuleSet, ...]:
+    return tuple(apart(resolve(rules)))
+
+
 @attrs.frozen
-class Rewriter:
+class Options:
     """By which rules to rewrite, into what, and how to trace."""
 
-    rule_sets: Sequence[RuleSet]
-    into: Into | None
-    tracer: fx.Tracer | type[fx.Tracer] | None
-    leaf_modules: LeafModules
+    rules: tuple[RuleSet, ...] = attrs.field(converter=_resolved)
+    into: Into | None = attrs.field(default=None, kw_only=True)
+    tracer: fx.Tracer | type[fx.Tracer] | None = attrs.field(default=None, kw_only=True)
+    leaf_modules: tuple[type[nn.Module] | str, ...] = attrs.field(
+        default=(), kw_only=True, converter=checked_leaves
+    )
 
-    def __call__(
-        self, model: Any, example_inputs: Any, limit: int | None = None
-    ) -> tuple[Any, Report, Applied]:
-        """The rewritten model, the report, and what was done, at so many sites at most."""
-        rules = list(dict.fromkeys(rule for rule_set in self.rule_sets for rule in rule_set.rules))
-        leaves = (*leaf_types(rules), *checked_leaves(self.leaf_modules))
-        if isinstance(model, ExportedProgram):
-            return self._program(model, limit)
-        start = attempt_as_graph if self.into == "graph" else attempt
-        whole = start(model, leaves, self.tracer)
-        is_graph = whole.is_whole and not whole.decides
-        into = self.into or ("graph" if is_graph else "modules")
-        if into == "graph" or is_compiled(model):  # of which no part is to be had either
-            whole.check(model)
-        if into == "modules":
-            whole = whole.unchecked()
-        wanted = wanted_types(rules)
-        parts = Parts(model, whole, wanted, leaves, self.tracer, in_leaves=into == "modules")
-        # Weights made under inference mode could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            modules = dict(model.named_modules(remove_duplicate=False))
-            views = [
-                GraphView(model, part.graph, part.constants, modules, part.name)
-                for part in parts.parts
-            ]
-            if example_inputs is not None and whole.is_whole:
-                from ..ir.shape_inference import (
-                    record_shapes,  # with sympy, which takes long to import
-                )
-
-                record_shapes(graph_module(views[0]), _as_tuple(example_inputs))
-            if into == "graph":
-                applied = apply(views[0], self.rule_sets, Target(), limit)
-                made: nn.Module = graph_module(views[0])
-            else:
-                is_run, witness = example_inputs is not None, None
-                flows = Flows(model, parts.keeps_whole, is_run=is_run)
-                if example_inputs is not None:
-                    witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
-                    _record_shapes_of_parts(parts, views, witness)
-                if unseen := parts.unseen():
-                    graph, remarks = flows.outline(unseen)
-                    views.append(GraphView(model, graph, {}, modules))
-                    views[-1].remarks.update(remarks)
-                trees = {view: IntoModules(view, flows, witness) for view in views}
-                stops = tuple(parts.stops.values())
-                applied = apply_to_parts(modules, trees, self.rule_sets, stops, limit)
-                replaced = {k: new for tree in trees.values() for k, new in tree.replaced().items()}
-                made = copied(model, replaced)
-        report = applied.report(model, made, into)
-        if whole.is_whole and (into == "graph" or self.into is None):
-            report = attrs.evolve(report, assumptions=whole.assumptions)
-        return made, report, applied
-
-    def _program(self, model: ExportedProgram, limit: int | None) -> tuple[Any, Report, Applied]:
-        with torch.inference_mode(False), torch.no_grad():
-            program = Program(model)
-            view = program.view()
-            applied = apply(view, self.rule_sets, program, limit)
-            made = program.finished(view)
-        return made, applied.report(model, made, "graph"), applied
+    @into.validator
+    def _check(self, _: Any, into: Any) -> None:
+        if into not in (None, "graph", "modules"):
+            raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
 
 
-def _record_shapes_of_parts(parts: Parts, views: Sequence[GraphView], witness: Witness) -> None:
+@attrs.frozen(eq=False)
+class Rewritten:
+    """What was made of a model, with the report, and what it takes to do it again.
+
+    `applied` are the sites in the order in which they were rewritten, each with its rule.
+    """
+
+    model: Any
+    example_inputs: Any
+    options: Options
+    made: Any
+    report: Report
+    applied: Sequence[tuple[Rule[Any], Finding]]
+
+    def again(self, model: Any, example_inputs: Any, limit: int | None = None) -> Rewritten:
+        """The same rules applied to this or another model, at so many sites at most."""
+        return rewrite(model, example_inputs, self.options, limit)
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    options: Options,
+    limit: int | None = None,
+) -> Rewritten:
+    """Rewrite a model as the options say, at so many sites at most.
+
+    The order is: trace; lift, drive and lower, which is `apply`; write out; report.
+    """
+    traced = model if isinstance(model, ExportedProgram) else _trace(model, options)
+    # Weights made under inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        if isinstance(traced, ExportedProgram):
+            job = _for_program(traced, options)
+        elif traced.into == "graph":
+            job = _for_graph(traced, example_inputs)
+        else:
+            job = _for_modules(traced, example_inputs)
+        done = apply(job.targets, options.rules, job.modules, job.stops, limit)
+        made = job.write_out()
+    report = done.report(model, made, job.into)
+    report = attrs.evolve(report, assumptions=job.assumptions)
+    return Rewritten(model, example_inputs, options, made, report, done.sites)
+
+
+@attrs.frozen
+class _Traced:
+    """A model's parts as graphs, and where their rewrite goes."""
+
+    model: nn.Module
+    parts: Parts
+    into: Into
+    is_whole: bool
+    assumptions: tuple[Assumption, ...]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules of the model, by each of their qualified names."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+
+@attrs.frozen
+class _Job:
+    """Graphs to rewrite, each with its target, and how to make a result of them afterwards."""
+
+    into: Into
+    targets: Mapping[GraphView, Target]
+    modules: Mapping[str, nn.Module]
+    write_out: Callable[[], Any]
+    stops: Sequence[Stop] = ()
+    assumptions: tuple[Assumption, ...] = ()
+
+
+def _trace(model: nn.Module, options: Options) -> _Traced:
+    """Trace a model, and decide where its rewrite goes.
+
+    Raises:
+        TraceError: not all of it can be traced, and the result is to be a graph.
+    """
+    rules = rules_of(options.rules)
+    leaves = (*leaf_types(rules), *options.leaf_modules)
+    start = attempt_as_graph if options.into == "graph" else attempt
+    whole = start(model, leaves, options.tracer)
+    is_graph = whole.is_whole and not whole.decides
+    into = options.into or ("graph" if is_graph else "modules")
+    if into == "graph" or is_compiled(model):  # of which no part is to be had either
+        whole.check(model)
+    is_told = whole.is_whole and (into == "graph" or options.into is None)
+    assumptions = whole.assumptions if is_told else ()
+    if into == "modules":
+        whole = whole.unchecked()
+    wanted = wanted_types(rules)
+    parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=into == "modules")
+    return _Traced(model, parts, into, whole.is_whole, assumptions)
+
+
+def _for_program(program: ExportedProgram, options: Options) -> _Job:
+    if options.into == "modules":
+        raise ValueError("an exported program has no modules; it can't be rewritten into='modules'")
+    target = ExportedProgramTarget(program)
+    view = target.view()
+    return _Job("graph", {view: target}, view.modules, lambda: target.finished(view))
+
+
+def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
+    modules = traced.modules
+    (view,) = _views(traced, modules, example_inputs)
+    targets = {view: Target()}
+    return _Job(
+        "graph", targets, modules, lambda: graph_module(view), assumptions=traced.assumptions
+    )
+
+
+def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
+    model, parts, modules = traced.model, traced.parts, traced.modules
+    views = _views(traced, modules, example_inputs)
+    witness = None
+    flows = Flows(model, parts.keeps_whole, is_run=example_inputs is not None)
+    if example_inputs is not None:
+        witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
+        _record_shapes_of_parts(views, witness)
+    if unseen := parts.unseen():
+        graph, remarks = flows.outline(unseen)
+        views.append(GraphView(model, graph, {}, modules))
+        views[-1].remarks.update(remarks)
+    targets = {view: ModuleTreeTarget(view, flows, witness) for view in views}
+
+    def write_out() -> nn.Module:
+        replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
+        return copied(model, replaced)
+
+    stops = tuple(parts.stops.values())
+    return _Job("modules", targets, modules, write_out, stops, traced.assumptions)
+
+
+def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) -> list[GraphView]:
+    """The graphs of all parts as the engine edits them, with shapes where inputs show them."""
+    views = [
+        GraphView(traced.model, part.graph, part.constants, modules, part.name)
+        for part in traced.parts.parts
+    ]
+    if example_inputs is not None and traced.is_whole:
+        is_many = isinstance(example_inputs, tuple | list)
+        _record_shapes(views[0], tuple(example_inputs) if is_many else (example_inputs,))
+    return views
+
+
+def _record_shapes_of_parts(views: Sequence[GraphView], witness: Witness) -> None:
     """Record the shapes of values in parts, as far as a run showed what the parts are given."""
-    from ..ir.shape_inference import record_shapes
-
-    for part, view in zip(parts.parts, views, strict=True):
-        names = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
-        given = witness.inputs(part.name, names) if part.name else None
+    for view in views:
+        names = [str(node.target) for node in view.graph.find_nodes(op="placeholder")]
+        given = witness.inputs(view.part, names) if view.part else None
         if given is not None:
             with contextlib.suppress(FxRewriteError):  # what a fake tensor can't do, a part may
-                record_shapes(graph_module(view), given)
+                _record_shapes(view, given)
 
 
-def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    """The positional arguments that example inputs stand for."""
-    is_many = isinstance(example_inputs, tuple | list)
-    return tuple(example_inputs) if is_many else (example_inputs,)
+def _record_shapes(view: GraphView, inputs: tuple[Any, ...]) -> None:
+    from ..ir.shape_inference import record_shapes  # with sympy, which takes long to import
+
+    record_shapes(graph_module(view), inputs)

@@ -13,6 +13,11 @@ from ..errors import PatternError
 from ..rules.rule import Rule, RuleSet
 
 
+def rules_of(rule_sets: Iterable[RuleSet]) -> list[Rule[Any]]:
+    """The rules of some rule sets in order, each once."""
+    return list(dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules))
+
+
 def leaf_types(rules: Iterable[Rule[Any]]) -> tuple[type[nn.Module], ...]:
     """The module types that rules name, whose modules are one node of a graph each."""
     return tuple(kind for rule in rules for kind in rule.pattern.module_types)
@@ -29,8 +34,7 @@ def wanted_types(rules: Sequence[Rule[Any]]) -> tuple[type[nn.Module], ...]:
 
 def apart(rule_sets: Sequence[RuleSet]) -> list[RuleSet]:
     """The rule sets with rules of one name told apart by the names of their sets."""
-    rules = dict.fromkeys(rule for rule_set in rule_sets for rule in rule_set.rules)
-    uses = Counter(rule.name for rule in rules)
+    uses = Counter(rule.name for rule in rules_of(rule_sets))
     renamed = {
         rule: attrs.evolve(rule, name=f"{rule_set.name}.{rule.name}")
         for rule_set in rule_sets

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import attrs
-from torch import fx
-from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import PatternError
 from .actions import Action
@@ -47,8 +45,6 @@ def _as_tuple(rules: Any) -> Any:
 class RuleSet:
     """An ordered, named group of rules; at each anchor the earlier ones are tried first.
 
-    Called with a graph module, it is a pass of `torch.fx`.
-
     >>> RuleSet("nothing", [], doc="No rules at all.").rules
     ()
     """
@@ -67,22 +63,3 @@ class RuleSet:
         names = [each.name for each in rules]
         if len(set(names)) < len(names):
             raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Apply the rules as a pass of `torch.fx.passes`.
-
-        >>> import fxrewrite as fxr
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
-        >>> result = fxr.get_rule_set("conv_bn")(fx.symbolic_trace(model))
-        >>> result.modified, len(result.graph_module.graph.nodes)
-        (True, 3)
-
-        Args:
-            graph_module: is left as it is. The result has a new graph module if a rule was applied,
-                and this one otherwise.
-        """
-        from ..api import rewrite  # which is made of rule sets itself
-
-        made, report = rewrite(graph_module, self)
-        return PassResult(made, True) if report.applied else PassResult(graph_module, False)

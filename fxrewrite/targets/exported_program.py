@@ -26,7 +26,7 @@ from ..engine.match import Site
 from ..engine.target import Target
 from ..ir.fake_values import evaluate_on_fakes, run_on_fakes
 from ..ir.graph_view import GraphView
-from ..module_utils.tree import _parent_name, fresh_name
+from ..module_utils.tree import fresh_name, parent_name
 from ..tracing.tracer import copy_of
 from .graph_inputs import Input, as_inputs
 from .operators import legalise
@@ -36,7 +36,7 @@ _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _FIRST = (InputKind.TOKEN, *_TENSORS)
 
 
-class Program(Target):
+class ExportedProgramTarget(Target):
     """A program on the workbench: its `graph` reads the program's tensors as attributes.
 
     In a program they are inputs of the graph. Buffers that the program gives new values to stay
@@ -138,11 +138,11 @@ class Program(Target):
 
     def _input_specs(self, view: GraphView, read: Mapping[str, fx.Node]) -> list[InputSpec]:
         """The inputs in order: new tensors after those of their kind, none that is read no more."""
-        owned, owners = ({_parent_name(each)[0] for each in names} for names in (self._read, read))
+        owned, owners = ({parent_name(each)[0] for each in names} for names in (self._read, read))
         specs = []
         for spec in self._program.graph_signature.input_specs:
             # What nothing ever read, a count of batches say, goes with the layer that it was of.
-            owner = _parent_name(spec.target or "")[0]
+            owner = parent_name(spec.target or "")[0]
             goes = spec.target in self._read or (owner and owner in owned - owners)
             if spec.target in read or not goes or not self._is_constant(spec):
                 specs.append(spec)
@@ -235,9 +235,9 @@ class Program(Target):
 
 def _insert(tensors: dict[str, Any], target: str, value: Any) -> None:
     """Put a tensor behind those of the same module."""
-    owner = _parent_name(target)[0]
+    owner = parent_name(target)[0]
     keys = list(tensors)
-    beside = [i for i, key in enumerate(keys) if _parent_name(key)[0] == owner]
+    beside = [i for i, key in enumerate(keys) if parent_name(key)[0] == owner]
     keys.insert(beside[-1] + 1 if beside else len(keys), target)
     old = dict(tensors)
     tensors.clear()

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import HOOKS
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 
 # Beside the hooks themselves, how torch remembers that they want to be called.
 HOOK_STATE = (
@@ -52,7 +52,7 @@ class _Holders:
     def at(self, name: str) -> tuple[nn.Module, Any] | None:
         """The container, made where there is none; None inside what stands there whole."""
         if name not in self._known:
-            self._known[name] = self._make(*_parent_name(name))
+            self._known[name] = self._make(*parent_name(name))
         return self._known[name]
 
     def _make(self, parent: str, name: str) -> tuple[nn.Module, Any] | None:
@@ -76,7 +76,7 @@ class _Holders:
 
 def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> None:
     """Put what a node uses under its qualified name, in containers of our own."""
-    parent, name = _parent_name(target)
+    parent, name = parent_name(target)
     place = holders.at(parent)
     if place is None:
         return

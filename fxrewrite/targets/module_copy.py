@@ -12,16 +12,12 @@ import torch
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import FxRewriteError
+from ..errors import NotCopiedError
 from .graph_module import HOOK_STATE
 
 # copy.deepcopy() hands these on as they are, or they hold nothing that could matter here.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, range)
 _ABSENT = object()
-
-
-class NotCopiedError(FxRewriteError):
-    """A model holds something that a copy of it could not have one of its own."""
 
 
 def copied(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:

@@ -24,7 +24,7 @@ from .reading.flows import Flows
 _ELSEWHERE = "into='graph' can rewrite it"
 
 
-class IntoModules(Target):
+class ModuleTreeTarget(Target):
     """The model's own module tree, whose forward code stays: modules give way to modules.
 
     Where the chain was, the new module stands in the slot's place and `nn.Identity` in the place of

@@ -16,11 +16,12 @@ from hypothesis.errors import FailedHealthCheck, Unsatisfiable
 from torch import nn
 
 from fxrewrite.explain.report import Report
-from fxrewrite.rules.registry import Rules
+from fxrewrite.pipeline.rule_lists import rules_of
+from fxrewrite.rules.registry import Rules, resolve
 
 from .around import models_around
 from .drafts import REFUSALS
-from .properties import check_model, rules_of
+from .properties import check_model
 from .written import Case
 
 Models: TypeAlias = "nn.Module | Iterable[nn.Module | Case] | st.SearchStrategy[Case]"
@@ -73,7 +74,7 @@ def check_rule(
                     check_model(rules, case.model, case.args, shapes=shapes, tolerance=tolerance)
                 )
     else:
-        for rule in rules_of(rules):
+        for rule in rules_of(resolve(rules)):
             drawn = models_around(rule.pattern) if models is None else models
 
             def check(case: Case, shapes: bool) -> None:
@@ -143,7 +144,7 @@ class _Counts:
     """How often rules applied, and why they did not."""
 
     def __init__(self, rules: Rules) -> None:
-        self.applied: Counter[str] = Counter({rule.name: 0 for rule in rules_of(rules)})
+        self.applied: Counter[str] = Counter({rule.name: 0 for rule in rules_of(resolve(rules))})
         self.reasons: dict[str, Counter[str]] = {rule: Counter() for rule in self.applied}
 
     def add(self, report: Report) -> None:

@@ -16,15 +16,14 @@ from fxrewrite.dialects.lifting import any_is
 from fxrewrite.dialects.op_table import SPELLINGS
 from fxrewrite.engine.matcher import accepts
 from fxrewrite.engine.report import Finding
-from fxrewrite.errors import FxRewriteError, TraceError
+from fxrewrite.errors import FxRewriteError, NotCopiedError, TraceError
 from fxrewrite.explain.report import Report
 from fxrewrite.ir.describe import name_of
 from fxrewrite.ir.graph_view import GraphView
-from fxrewrite.pipeline.rule_lists import leaf_types, wanted_types
+from fxrewrite.pipeline.rule_lists import leaf_types, rules_of, wanted_types
 from fxrewrite.rules.registry import Rules, resolve
 from fxrewrite.rules.rule import Rule
 from fxrewrite.rules.spec import Pattern
-from fxrewrite.targets.module_copy import NotCopiedError
 from fxrewrite.tracing.parts import Parts
 from fxrewrite.tracing.tracer import attempt
 
@@ -39,7 +38,7 @@ class UnsoundError(AssertionError):
     """
 
     def __init__(self, broken: str, found: str, rules: Rules, case: Case, report: Any = None):
-        names = ", ".join(_named(rule) for rule in rules_of(rules))
+        names = ", ".join(_named(rule) for rule in rules_of(resolve(rules)))
         lines = [f"{broken}: {found}", f"rules: {names}"]
         if report is not None:
             lines += ["sites:", *(f"  {each}" for each in report.findings)]
@@ -102,15 +101,10 @@ def check_model(
     must("the same rewrite gives the same result", _unlike(made, again, report, second))
     left = plan(made, rules, **options).applied
     must("a second rewrite finds nothing left to do", f"it applied {left[0]}" if left else None)
-    must("each anchor is accounted for", _unaccounted(rules_of(rules), model, report))
+    must("each anchor is accounted for", _unaccounted(rules_of(resolve(rules)), model, report))
     silent = [each for each in (*report.refused, *report.missed) if not each.reason]
     must("each refusal and miss has a reason", f"{silent[0].anchor} has none" if silent else None)
     return report
-
-
-def rules_of(rules: Rules) -> list[Rule[Any]]:
-    """The rules in what a caller may give as rules, each once."""
-    return list(dict.fromkeys(rule for each in resolve(rules) for rule in each.rules))
 
 
 def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None:

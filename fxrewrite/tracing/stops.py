@@ -59,13 +59,13 @@ class Stop:
 
     def advice(self, kind: str) -> str:
         """What to tell somebody who asked for one graph of a model of this kind."""
-        keep = f"keep that module as one node with leaf_modules=[{self.name!r}], or "
+        keep = f"keep that module as one node by Rewriter(rules, leaf_modules=[{self.name!r}]), "
         at = f", at\n  {self.line}\n" if self.line else " "
         return (
             f"tracing {kind} stopped in {self.where}{at}"
             f"because {self.reason}{f' ({self.said})' if self.said else ''}.\n"
             f"Leave out into='graph' to have all parts rewritten that can be traced; or else "
-            f"{keep if self.name else ''}pass a tracer= or a GraphModule of your own."
+            f"{keep if self.name else ''}give Rewriter a tracer= or pass your own GraphModule."
         )
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..errors import TraceError
 from ..module_utils.hooks import has_hooks
 from ..module_utils.state import ModelState
-from ..module_utils.tree import _parent_name
+from ..module_utils.tree import parent_name
 from .assumptions import Assumption
 from .error_recovery import tolerant
 from .guards import Watch
@@ -176,12 +176,12 @@ def _settled(
 
 def _owner(model: nn.Module, name: str, leaves: Container[str]) -> str:
     """The module that has an attribute; or the one above, where that is a leaf and can't do it."""
-    owner, _ = _parent_name(name)
+    owner, _ = parent_name(name)
     modules = dict(model.named_modules(remove_duplicate=False))
     while owner not in modules or owner in leaves or has_no_forward(modules[owner]):
         if not owner:
             break
-        owner, _ = _parent_name(owner)
+        owner, _ = parent_name(owner)
     return owner
 
 

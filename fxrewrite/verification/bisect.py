@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 from torch import nn
@@ -27,37 +27,39 @@ Sites: TypeAlias = Sequence[tuple[Rule[Any], Finding]]
 """Sites in the order in which they were rewritten, each with its rule."""
 
 
-@attrs.frozen(eq=False)
-class Rewrite:
-    """A rewrite of a model or exported program that was done, with what it takes to do it again."""
-
-    model: Any
-    made: Any
-    sites: Sites
-    example_inputs: Any
-    again: Any
+class Rewrite(Protocol):
+    """What the search needs of a rewrite that was done: the sites, and a way to do it again."""
 
     @property
-    def original(self) -> nn.Module:
-        """The model as a module, to run."""
-        return _runnable(self.model)
+    def model(self) -> Any:
+        """The model or exported program."""
 
     @property
-    def rewritten(self) -> nn.Module:
-        """What it became, as a module, to run."""
-        return _runnable(self.made)
+    def example_inputs(self) -> Any:
+        """The example inputs that rules learnt shapes from."""
 
-    def upto(self, sites: int) -> nn.Module:
-        """The model with only the first sites rewritten, in the order in which they were."""
-        made, _, applied = self.again(self.model, self.example_inputs, sites)
-        if _told(applied.sites) != _told(self.sites[:sites]):
-            raise FxRewriteError(_NOT_THE_SAME)
-        return _runnable(made)
+    @property
+    def made(self) -> Any:
+        """What became of the model."""
 
-    def of(self, model: nn.Module, example_inputs: Any) -> Rewrite:
-        """The same rules applied to another model."""
-        made, _, applied = self.again(model, example_inputs)
-        return Rewrite(model, made, applied.sites, example_inputs, self.again)
+    @property
+    def applied(self) -> Sites:
+        """The sites in the order in which they were rewritten."""
+
+    def again(self, model: Any, example_inputs: Any, limit: int | None = None) -> Rewrite:
+        """The same rules applied to a model, at so many sites at most."""
+
+
+def upto(rewrite: Rewrite, sites: int) -> nn.Module:
+    """The model of a rewrite with only the first sites rewritten.
+
+    Raises:
+        FxRewriteError: the model gave another graph this time.
+    """
+    again = rewrite.again(rewrite.model, rewrite.example_inputs, sites)
+    if _told(again.applied) != _told(rewrite.applied[:sites]):
+        raise FxRewriteError(_NOT_THE_SAME)
+    return _runnable(again.made)
 
 
 @attrs.frozen(eq=False)
@@ -144,7 +146,7 @@ def localised(
     copy of it is rewritten, and searched first.
     """
     verification = verify(
-        rewrite.original, rewrite.rewritten, inputs, trials=trials, progress=progress
+        _runnable(rewrite.model), _runnable(rewrite.made), inputs, trials=trials, progress=progress
     )
     if verification.same:
         return Localisation(verification)
@@ -168,7 +170,7 @@ def _in_float64(
         wide = in_float64(rewrite.model, inputs)
         if wide is None:
             return None, None
-        again = rewrite.of(wide[0], mapped(widened, rewrite.example_inputs))
+        again = rewrite.again(wide[0], mapped(widened, rewrite.example_inputs))
         exact = verify(again.model, again.made, wide[1], rtol=_EXACT)
     except Exception:  # whatever stands in the way, there is the model's own dtype to search in
         return None, None
@@ -200,8 +202,8 @@ class _Search:
         self._inputs = inputs
         self._progress = progress
         self._rtol = rtol
-        self._sites = len(rewrite.sites)
-        self._models: dict[int, nn.Module] = {self._sites: rewrite.rewritten}
+        self._sites = len(rewrite.applied)
+        self._models: dict[int, nn.Module] = {self._sites: _runnable(rewrite.made)}
         self._compared = 0
         self._expected = 0
 
@@ -211,14 +213,14 @@ class _Search:
         self._expected = 1 + most * (self._sites.bit_length() + 3)
         found: list[Guilty] = []
         done = 0
-        if self._same(self._rewrite.original, self._upto(0)):
+        if self._same(_runnable(self._rewrite.model), self._upto(0)):
             # From a guilty site on, the comparison is with what that site made of the model.
             while self._differs_after(done):
                 if len(found) == most or (done and not self._tells(done)):
                     self.may_be_more = True
                     break
                 done = self._first_after(done)
-                rule, finding = self._rewrite.sites[done - 1]
+                rule, finding = self._rewrite.applied[done - 1]
                 alone = None if self._rtol is None else self._rtol / self._sites
                 adds_up = self._same(self._upto(done - 1), self._upto(done), alone)
                 found.append(Guilty(rule, finding, adds_up))
@@ -247,7 +249,7 @@ class _Search:
 
     def _upto(self, sites: int) -> nn.Module:
         if sites not in self._models:
-            self._models[sites] = self._rewrite.upto(sites)
+            self._models[sites] = upto(self._rewrite, sites)
         return self._models[sites]
 
     def _same(self, one: nn.Module, other: nn.Module, rtol: float | None = None) -> bool:
