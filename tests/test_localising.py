@@ -17,9 +17,8 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.pipeline.rewriting import Rewriter
-from fxrewrite.pipeline.rule_lists import apart
-from fxrewrite.verification.bisect import Rewrite
+from fxrewrite.pipeline.rewriting import Options, rewrite
+from fxrewrite.verification.bisect import upto
 
 
 def chain(count: int) -> nn.Sequential:
@@ -318,15 +317,12 @@ def test_a_rewrite_is_done_again_as_far_as_a_site(rule: fxr.Rule[Any]) -> None:
     """Each prefix of a rewrite can be had, whatever kind of action the rules decided on."""
     asked.clear()
     model, x = Residual(6).eval(), torch.randn(2, 3)
-    rules = apart([fxr.RuleSet("both", [rule, first_only])])
-    rewriter = Rewriter(rules, None, None, ())
-    made, report, applied = rewriter(model, None)
+    done = rewrite(model, None, Options(fxr.RuleSet("both", [rule, first_only])))
     count = len(asked)
-    assert len(applied.sites) == len(report.applied) == count >= 7
-    rewrite = Rewrite(model, made, applied.sites, None, rewriter)
-    prefixes = [rewrite.upto(sites) for sites in range(count + 1)]
+    assert len(done.applied) == len(done.report.applied) == count >= 7
+    prefixes: list[Any] = [upto(done, sites) for sites in range(count + 1)]
     assert len(asked) == count + sum(range(count + 1))  # none is asked beyond the last site
-    assert prefixes[count].code == made.code
+    assert prefixes[count].code == done.made.code
     same = [fxr.verify(model, each, x).same for each in prefixes]
     assert same == [True] + [rule is not add_again] * count
     assert len({each.code for each in prefixes}) == count + 1
@@ -337,14 +333,13 @@ def test_a_rewrite_is_done_again_as_far_as_a_site(rule: fxr.Rule[Any]) -> None:
 def test_a_rewrite_is_done_again_site_by_site(case: tuple[nn.Module, torch.Tensor]) -> None:
     """Of any model each part of a rewrite is sound, and all of it is the very same rewrite."""
     model, x = case
-    rewriter = Rewriter(apart([fxr.get_rule_set("conv_bn")]), None, None, ())
-    made, report, _ = rewriter(model, None)
-    for sites in range(len(report.applied) + 1):
-        part, told, again = rewriter(model, None, sites)
-        assert len(told.applied) == len(again.sites) == sites
-        assert fxr.verify(model, part, x).same
-    assert part.code == made.code
-    assert {**part.state_dict()}.keys() == {**made.state_dict()}.keys()
+    done = rewrite(model, None, Options("conv_bn"))
+    for sites in range(len(done.applied) + 1):
+        part = done.again(model, None, sites)
+        assert len(part.report.applied) == len(part.applied) == sites
+        assert fxr.verify(model, part.made, x).same
+    assert part.made.code == done.made.code
+    assert {**part.made.state_dict()}.keys() == {**done.made.state_dict()}.keys()
 
 
 def test_a_model_that_traces_differently_each_time_is_an_error() -> None:
@@ -356,10 +351,9 @@ def test_a_model_that_traces_differently_each_time_is_an_error() -> None:
         return net.bn(net.conv(x)) if len(calls) == 1 else net.bn(net.conv(x.relu()).relu())
 
     model = nets.Forward(forward, conv=nets.conv(), bn=nets.bn())
-    rewriter = Rewriter(apart([fxr.get_rule_set("conv_bn")]), None, None, ())
-    made, _, applied = rewriter(model, None)
+    done = rewrite(model, None, Options("conv_bn"))
     with pytest.raises(fxr.errors.FxRewriteError, match="not traced the same way twice"):
-        Rewrite(model, made, applied.sites, None, rewriter).upto(1)
+        upto(done, 1)
 
 
 def test_progress_is_told() -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxrewrite as fxr
-from fxrewrite.errors import InputError
 from fxrewrite import verify
 from fxrewrite.cli.timing import time_in_turns
+from fxrewrite.errors import InputError
 from fxrewrite.module_utils.running import run
 
 
