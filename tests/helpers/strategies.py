@@ -8,8 +8,11 @@ from typing import Any
 import attrs
 import nets
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
+
+from fxrewrite.testing import Case
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -190,3 +193,54 @@ def _graph_module(net: nets.Net, draw: Any) -> fx.GraphModule:
         if node.op == "call_module" and node.target in names and draw(st.booleans()):
             node.target = names[node.target]
     return fx.GraphModule(net, graph)
+
+
+@st.composite
+def branches(draw: Any) -> Case:
+    """A sum of two to four branches over one value: convolutions of any geometry, norms, x."""
+    dims = draw(st.sampled_from([1, 2, 3]))
+    groups = draw(st.sampled_from([1, 1, 2]))
+    channels = groups * draw(st.integers(1, 2))
+    outputs = draw(st.sampled_from([channels, channels, 2 * groups]))
+    stride = draw(st.sampled_from([1, 1, 2]))
+    dilation = draw(st.sampled_from([1, 1, 2]))
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "circular", "replicate"]))
+
+    def conv() -> nn.Module:
+        kernel = tuple(draw(st.sampled_from([1, 3, 2])) for _ in range(dims))
+        by = draw(st.sampled_from([dilation, dilation, 1]))
+        fitting = tuple(by * (k - 1) // 2 for k in kernel)
+        padding = draw(st.sampled_from([fitting, fitting, fitting, 1, "valid"]))
+        if stride == 1 and draw(st.booleans()):
+            padding = "same"
+        return nets.CONVS[dims](
+            channels,
+            outputs,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=by,
+            groups=draw(st.sampled_from([groups, groups, groups, 1])),
+            bias=draw(st.booleans()),
+            padding_mode=draw(st.sampled_from([mode, mode, "zeros"])),
+        )
+
+    def branch() -> nn.Module:
+        kind = draw(st.sampled_from(["conv", "conv", "conv", "conv_bn", "bn", "same"]))
+        if kind == "same":
+            return nn.Identity()
+        norm = nets.BATCH_NORMS[dims]
+        if kind == "bn":
+            return norm(channels, affine=draw(st.booleans()))
+        return conv() if kind == "conv" else nn.Sequential(conv(), norm(outputs))
+
+    sides = {f"side{i}": branch() for i in range(draw(st.integers(2, 4)))}
+    sides = dict(draw(st.permutations([*sides.items(), ("first", conv())])))
+    model = nets.Forward(lambda m, x: sum(m.get_submodule(name)(x) for name in sides), **sides)
+    x = nets.random_input((draw(st.integers(1, 2)), channels, *[draw(st.integers(5, 6))] * dims))
+    nets.randomise(model, draw(st.integers(0, 99))).double()
+    try:
+        model(x)
+    except RuntimeError:
+        reject()  # outputs of sizes that can't be added
+    return Case(model, (x,))

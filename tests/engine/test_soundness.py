@@ -171,7 +171,7 @@ def test_the_same_in_every_process() -> None:
 
     def printed(hash_seed: str) -> bytes:
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        folder = Path(__file__).parent
+        folder = Path(nets.__file__).parent
         command = [sys.executable, "-c", _PRINT_A_REWRITE]
         return subprocess.run(
             command, env=environment, cwd=folder, check=True, capture_output=True

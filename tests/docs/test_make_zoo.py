@@ -11,7 +11,7 @@ from torchvision import models
 
 from fxrewrite.cli.sweep_row import Row, Table
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "make_zoo.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "make_zoo.py"
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from typing import Any
 
 import nets
 import pytest
+import strategies
 import timm
 import torch
 import torchvision
 from checks import largest_error, outputs
 from hypothesis import strategies as st
 from nets import Forward, bn, conv
-from test_reparam import branches
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,7 +62,7 @@ def test_all_rules_together_are_sound() -> None:
         if not rule.pattern.branches:
             drawn = models_around(rule.pattern)
             check_rule("inference", drawn, max_examples=4, must_apply=False)
-    check_rule("inference", branches(), max_examples=10, must_apply=False)
+    check_rule("inference", strategies.branches(), max_examples=10, must_apply=False)
 
 
 def numbers(model: nn.Module) -> int:

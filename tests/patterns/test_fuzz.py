@@ -15,7 +15,7 @@ import fxrewrite as fxr
 from fxrewrite.targets.module_copy import NotCopiedError
 from fxrewrite.testing import Case, check_model
 
-# The long profile, by hand: pytest --hypothesis-profile=long --hypothesis-seed=1 tests/test_fuzz.py
+# The long profile, by hand: see docs/testing.md.
 MODELS = 4_000 if settings.get_current_profile_name() == "long" else 100
 # Siblings are merged however large they are, since the limits of `merge_siblings` need shapes.
 SETS = ("conv_bn", "affine", "cleanup", "inference", "reparam", of_any_size)

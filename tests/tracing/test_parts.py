@@ -102,7 +102,7 @@ def test_an_anchor_of_untraced_code_says_what_it_reads_there() -> None:
     line = forward.__code__.co_firstlineno + 1
     assert report.why("bn") == (
         "bn: missed by fold_conv_bn: it reads a value of code that can't be traced, at `return "
-        f"m.bn(m.act(m.conv(x)) if x.sum() > 0 else x)` in forward (test_partial.py:{line}), "
+        f"m.bn(m.act(m.conv(x)) if x.sum() > 0 else x)` in forward (test_parts.py:{line}), "
         "not a Conv1d, Conv2d or Conv3d"
     )
     assert "feeds act (ReLU), not a BatchNorm" in report.why("conv")
