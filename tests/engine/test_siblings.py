@@ -496,7 +496,7 @@ def test_what_a_group_may_not_be():
         class Bare:
             layers: fxr.Siblings[nn.Linear]
 
-    with pytest.raises(PatternError, match="expected a subclass of nn.Module"):
+    with pytest.raises(PatternError, match=r"expected a subclass of nn\.Module"):
 
         @fxr.pattern
         class Odd:

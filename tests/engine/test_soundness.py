@@ -204,7 +204,7 @@ def test_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_rule_made_is_looked_at_again_at_once() -> None:
-    """Invariant 7: one site is rewritten again at once, and no anchor is asked twice for nothing."""
+    """Invariant 7: a site is rewritten again at once, and no anchor is asked twice for nothing."""
     asked: list[float] = []
 
     def is_large(m: Any) -> str | None:

@@ -166,8 +166,13 @@ def test_writes_are_found_in_order_and_between_two_nodes():
         return torch.cos(b).neg_()
 
     view = view_of(Model(forward))
-    at = lambda name: node_named(view, name)
-    between = lambda a, b: [n.name for n in view.writes_between(at(a), at(b))]  # noqa: E731
+
+    def at(name):
+        return node_named(view, name)
+
+    def between(a, b):
+        return [node.name for node in view.writes_between(at(a), at(b))]
+
     assert between("tanh", "sin") == ["add_"]
     assert between("x", "neg_") == ["add_", "mul_"]
     assert between("sin", "sin") == between("add_", "mul_") == []
