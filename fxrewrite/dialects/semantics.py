@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from ..ir.op_traits import updated_statistics
+
 Arguments = dict[str, Any]
 """A call's arguments by name, tensors of the model as they are."""
 
@@ -201,8 +203,7 @@ class BatchNormMeaning(Meaning):
 
     @override
     def updates(self, given: Arguments) -> tuple[str, ...]:
-        is_updating = given.get("training", False) and given.get("running_mean") is not None
-        return ("running_mean", "running_var") if is_updating else ()
+        return updated_statistics(given)
 
     @override
     def lower(self, module: Any) -> Arguments | None:

@@ -12,7 +12,7 @@ from ..ir.aliases import written_by
 from ..ir.describe import name_of
 from ..ir.fake_values import renew
 from ..ir.graph_view import GraphView
-from ..ir.inplace_activations import calm
+from ..ir.inplace_activations import make_out_of_place
 from ..module_utils.parametrization import is_parametrized
 from ..rules.actions import Action
 from ..rules.guards import Declined
@@ -162,7 +162,7 @@ class SiteRewriter:
         readers = [(user, value) for value in values for user in value.users]
         notes = []
         for user in (user for user, value in readers if value in written_by(user, self._view)):
-            calm(user, self._view)
+            make_out_of_place(user, self._view)
             self._view.forget_write(user)
             notes.append(f"{name_of(user)} no longer writes in place")
         return notes

@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 from ..ir.aliases import is_fresh, written_by
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
-from ..ir.tensor_metadata import asks
+from ..ir.tensor_metadata import reads_metadata_only
 from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
 from ..module_utils.subclassing import differs
 from .match import Site
@@ -46,7 +46,7 @@ def _other_reader(site: Site, view: GraphView) -> str | None:
         for source in link.sources:
             if len(source.users) > 1 and source is not site.input:
                 for user in source.users:
-                    may_move = not site.pattern.branches and asks(user, source, view)
+                    may_move = not site.pattern.branches and reads_metadata_only(user, source, view)
                     if user is not link.node and not may_move:
                         return (
                             f"the output of {describe(source, view)} is also read by "

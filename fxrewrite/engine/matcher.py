@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 from torch import fx
 
-from ..ir.aliases import base_name
 from ..ir.arguments import is_default
 from ..ir.describe import Seen
 from ..ir.graph_view import GraphView
+from ..ir.op_traits import is_commutative
 from ..rules.spec import Branch, Pattern, Step
 from .match import Link, Miss, Site
 
 FOUND_AT_MOST = 3
 _FAR = 1000
-# Operations for which it makes no difference in which order branches come in.
-_COMMUTATIVE = frozenset(
-    "add iadd mul imul multiply maximum minimum logical_and logical_or logical_xor "
-    "and_ or_ xor bitwise_and bitwise_or bitwise_xor".split()
-)
 
 
 class Matcher:
@@ -241,12 +235,8 @@ def _orders(
     # With a further argument, such as torch.add's alpha, the sides may differ.
     further = {k: v for k, v in view.arguments(node).items() if k not in inputs}
     is_plain = all(is_default(view.callee(node), k, v) for k, v in further.items())
-    is_symmetric = is_plain and _is_commutative(node.target)
+    is_symmetric = is_plain and is_commutative(node)
     return (itertools.permutations if is_symmetric else itertools.combinations)(entries, count)
-
-
-def _is_commutative(target: Any) -> bool:
-    return base_name(target).rstrip("_") in _COMMUTATIVE or base_name(target) in _COMMUTATIVE
 
 
 def accepts(step: Step, node: fx.Node, view: GraphView) -> bool:

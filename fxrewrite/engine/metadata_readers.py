@@ -13,7 +13,7 @@ from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..ir.tensor_metadata import keeps, may_change, same_layer
 from .editing import Edit
-from .match import Site
+from .match import Link, Site
 
 
 def metadata_refusal(site: Site, view: GraphView, edit: Edit) -> str | None:
@@ -48,11 +48,15 @@ def _has_its_shape(site: Site, edit: Edit, i: int) -> bool:
     if i < 0:
         return True
     link, now = site.links[i], edit.now[i]
-    if now is edit.result and all(map(keeps, site.links[i + 1 :])):
+    if now is edit.result and all(map(_keeps, site.links[i + 1 :])):
         return True
     before: fx.Node = edit.now[i - 1] if i else site.input
     if now is before or (now is link.node and any(link is each.link for each in edit.kept)):
-        return keeps(link) and _has_its_shape(site, edit, i - 1)
+        return _keeps(link) and _has_its_shape(site, edit, i - 1)
     call = next((each for each in edit.calls if each.slot is link and each.node is now), None)
     same = call is not None and same_layer(link.module, call.module)
     return same and _has_its_shape(site, edit, i - 1)
+
+
+def _keeps(link: Link) -> bool:
+    return keeps(link.node, link.module, link.takes)

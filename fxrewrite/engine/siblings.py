@@ -11,7 +11,7 @@ from torch import fx, nn
 from ..ir.aliases import is_fresh
 from ..ir.describe import Seen, describe, name_of
 from ..ir.graph_view import GraphView
-from ..ir.strides import told_apart
+from ..ir.strides import strides_observable
 from ..module_utils.parametrization import without_parametrizations
 from ..rules.guards import Declined
 from ..rules.rule import Rule
@@ -109,7 +109,7 @@ def _unfit(pattern: Pattern, link: Link, view: GraphView, *, any_mode: bool) -> 
         return reason
     if not is_fresh(link.node, view):
         return f"{describe(link.node, view)} may return what it was given"
-    return told_apart(link.node, link.step, view)
+    return strides_observable(link.node, view, link.step.dim, link.step.keeps_sizes)
 
 
 def _written_between(site: Site, one: fx.Node, other: fx.Node, view: GraphView) -> str | None:

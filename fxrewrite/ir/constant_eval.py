@@ -5,25 +5,18 @@ To a rule they are constants, as a parameter is that a step reads as it is.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 
-# Functions and methods that only depend on their arguments, and write to none of them.
-_PURE = frozenset(
-    "abs add clone contiguous detach div double exp expand float flatten getitem mul neg permute "
-    "pow reciprocal reshape rsqrt sigmoid sqrt squeeze sub t tanh to transpose true_divide "
-    "truediv unflatten unsqueeze view".split()
-)
+from .op_traits import Trait, called_name, traits_of_name
 
 
 def is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
     """Whether a node reads a tensor of the model, or computes something of `known` alone."""
     if node.op == "get_attr":
         return True
-    if node.op not in ("call_function", "call_method") or _base_name(node.target) not in _PURE:
+    if Trait.PURE not in traits_of_name(called_name(node)):
         return False
     read = node.all_input_nodes
     return bool(read) and known.issuperset(read) and "out" not in node.kwargs
@@ -37,13 +30,3 @@ def evaluate(node: fx.Node, attribute: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _base_name(target: Any) -> str:
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).removeprefix("aten::")
-    module = getattr(target, "__module__", None) or "torch"
-    is_known = module == operator.__name__ or module == "_operator" or module.startswith("torch")
-    return getattr(target, "__name__", "") if is_known else ""

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import fx
 
-from ..ir.graph_view import GraphView
+from .overlay import Overlay
 
 
 @attrs.frozen
@@ -22,7 +22,7 @@ class Seen:
     remark: str = ""
 
     @classmethod
-    def of(cls, node: fx.Node, view: GraphView) -> Seen:
+    def of(cls, node: fx.Node, view: Overlay) -> Seen:
         """What a node is now."""
         module = view.module(node)
         kind = None if module is None else type(module)
@@ -63,7 +63,7 @@ def in_one_line(steps: tuple[tuple[str, str], ...]) -> str:
     return f"{joined} -> {trunk}"
 
 
-def describe(node: fx.Node, view: GraphView) -> str:
+def describe(node: fx.Node, view: Overlay) -> str:
     """A node as a message names it: by its module's qualified name, its function or its method."""
     return str(Seen.of(node, view))
 

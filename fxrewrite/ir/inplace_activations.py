@@ -9,28 +9,24 @@ from torch import fx
 
 from ..module_utils.evolve import evolve
 from ..module_utils.hooks import runs_its_forward_alone
-from .aliases import base_name, is_fresh_module, written_by
+from .aliases import is_fresh_module, written_by
 from .describe import name_of
-from .graph_view import GraphView
-
-# Functions of one value that keep its shape and type; settings are plain numbers.
-_ACTIVATIONS = frozenset(
-    "elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu sigmoid silu tanh".split()
-)
+from .op_traits import Trait, base_name, traits_of_name
+from .overlay import Overlay
 
 
-def can_be_calmed(reader: fx.Node, value: fx.Node, view: GraphView) -> bool:
+def can_be_out_of_place(reader: fx.Node, value: fx.Node, view: Overlay) -> bool:
     """Whether a node is such an activation, and alone reads the value that it writes to."""
     if list(value.users) != [reader] or reader.all_input_nodes != [value]:
         return False
-    return written_by(reader, view) == [value] and _calm(reader, view) is not None
+    return written_by(reader, view) == [value] and _out_of_place(reader, view) is not None
 
 
-def calm(reader: fx.Node, view: GraphView) -> None:
+def make_out_of_place(reader: fx.Node, view: Overlay) -> None:
     """Let it make new storage."""
-    calmed = _calm(reader, view)
-    assert calmed is not None
-    target, kwargs = calmed
+    changed = _out_of_place(reader, view)
+    assert changed is not None
+    target, kwargs = changed
     if reader.op == "call_module":
         old, name = view.module(reader), name_of(reader)
         name = name if old is not None and view.only_user(old) else view.free_name(name)
@@ -44,21 +40,21 @@ def calm(reader: fx.Node, view: GraphView) -> None:
         reader.args, reader.kwargs = reader.args[:1], kwargs
 
 
-def _calm(reader: fx.Node, view: GraphView) -> tuple[Any, dict[str, Any] | None] | None:
+def _out_of_place(reader: fx.Node, view: Overlay) -> tuple[Any, dict[str, Any] | None] | None:
     """What it would call instead, and its arguments by keyword where they change."""
     module = view.module(reader)
     if module is not None:
         if "inplace" not in module.__dict__ or module._modules or module.training:
             return None
-        quiet = evolve(module, inplace=False)
+        out_of_place = evolve(module, inplace=False)
         is_activation = type(module).__module__ == torch.nn.modules.activation.__name__
         is_plain = is_activation and runs_its_forward_alone(module)
-        return (quiet, None) if is_plain and is_fresh_module(quiet) else None
+        return (out_of_place, None) if is_plain and is_fresh_module(out_of_place) else None
     if reader.op == "call_method":
         name = str(reader.target).removesuffix("_")
-        return (name, None) if name in _ACTIVATIONS else None
+        return (name, None) if Trait.ACTIVATION in traits_of_name(name) else None
     target, name = reader.target, base_name(reader.target).removesuffix("_")
-    if name not in _ACTIVATIONS:
+    if Trait.ACTIVATION not in traits_of_name(name):
         return None
     if isinstance(target, torch._ops.OpOverload):
         return getattr(torch.ops.aten, name).default, None

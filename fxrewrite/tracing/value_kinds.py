@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..ir.aliases import is_fresh_function, is_fresh_module, is_torch
+from ..ir.aliases import is_fresh_function, is_fresh_module
+from ..ir.op_traits import is_torch
 
 _ARITHMETIC = {
     getattr(operator, name) for name in "add sub mul floordiv truediv mod pow neg".split()

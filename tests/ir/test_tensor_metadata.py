@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 import fxrewrite as fxr
 from fxrewrite.ir.graph_view import GraphView
-from fxrewrite.ir.tensor_metadata import KEEPING_CALLS, KEEPING_MODULES, asks, may_change
+from fxrewrite.ir.op_traits import Trait, names_with, types_with
+from fxrewrite.ir.tensor_metadata import may_change, reads_metadata_only
 
 fx.wrap("len")
 fx.wrap("height")
@@ -400,7 +401,7 @@ def test_branches_have_nothing_that_stands_there() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
 @pytest.mark.parametrize("size", [(2, 4), (2, 4, 3), (4, 3, 5), (2, 4, 3, 5), (2, 4, 3, 5, 2)])
-@pytest.mark.parametrize("kind", KEEPING_MODULES)
+@pytest.mark.parametrize("kind", types_with(Trait.KEEPS))
 @pytest.mark.filterwarnings("ignore:dropout")
 def test_what_keeps_the_shape(kind: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     """A module that is said to keep shape, dtype and device does, or raises."""
@@ -417,7 +418,7 @@ def test_what_keeps_the_shape(kind: Any, size: tuple[int, ...], dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
-@pytest.mark.parametrize("name", sorted(KEEPING_CALLS))
+@pytest.mark.parametrize("name", names_with(Trait.KEEPS))
 def test_what_function_keeps_the_shape(name: str, dtype: torch.dtype) -> None:
     """So does each function of that name, and each method."""
     x = torch.ones(2, 4, 3, 5).to(dtype)
@@ -493,7 +494,7 @@ def last_of(forward: Any) -> tuple[fx.Node, fx.Node, GraphView]:
 )
 def test_what_asks_for_metadata_alone(forward: Any, expected: bool) -> None:
     """It depends on the argument by which the value comes in."""
-    assert asks(*last_of(forward)) == expected
+    assert reads_metadata_only(*last_of(forward)) == expected
 
 
 @pytest.mark.parametrize(
