@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..api import rewrite
 from ..errors import LoadError
 from ..explain.report import Report
+from ..module_utils.torch_private import pytree
 from ..module_utils.tree import _parent_name
 from ..pipeline.rewriting import Into
 from ..rules.registry import Rules

@@ -12,6 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ..ir.describe import PROVENANCE
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import is_erased, pytree
 from ..rules.actions import Action, Bypass, Replace, Revise, Split
 from ..rules.values import Call, Value
 from .match import Link, Site
@@ -228,7 +229,7 @@ def _erase_unread(view: GraphView, constants: list[fx.Node]) -> None:
     """What only the replaced chain read goes with it."""
     while constants:
         node = constants.pop()
-        if not node.users and not getattr(node, "_erased", False):
+        if not node.users and not is_erased(node):
             constants += node.all_input_nodes
             _erase(view, node)
 
@@ -261,7 +262,7 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
 
 def _node_of(view: GraphView, site: Site, value: Value) -> fx.Node:
     known = value.node if isinstance(value, Value) else None
-    if known is None or known.graph is not view.graph or getattr(known, "_erased", False):
+    if known is None or known.graph is not view.graph or is_erased(known):
         raise TypeError(f"expected a Value that this match captured, found {value!r}")
     if known in site.nodes:
         raise TypeError(f"{value!r} goes with the chain, so its replacement can't read it")
@@ -279,12 +280,12 @@ class _Speller(GraphAppendingTracer):
 
     @staticmethod
     def reads_values(action: Call) -> bool:
-        leaves = torch.utils._pytree.tree_leaves((action.args, action.kwargs))
+        leaves = pytree.tree_leaves((action.args, action.kwargs))
         return any(isinstance(leaf, Value) for leaf in leaves)
 
     def lift(self, argument: Any) -> Any:
         """The argument with nodes, values and tensors in it made proxies."""
-        return torch.utils._pytree.tree_map(self._lift_leaf, argument)
+        return pytree.tree_map(self._lift_leaf, argument)
 
     def _lift_leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):

@@ -9,11 +9,11 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import RuleError
 from ..module_utils.evolve import same_module
 from ..module_utils.state import Snapshot
+from ..module_utils.torch_private import pytree
 from ..rules.actions import Action, Bypass, Replace, Revise, Split
 from ..rules.rules import Rule
 from ..rules.values import Call

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 from ..ir.aliases import Effects, is_fresh, written_by
@@ -20,15 +19,15 @@ from ..ir.tensor_metadata import asks
 from ..module_utils.family import FamilyType
 from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
 from ..module_utils.subclassing import overridden
+from ..module_utils.torch_private import global_hook_refusal, has_tensor_hook
 from .match import Site
 
 
 def refusal(site: Site, view: GraphView, effects: Effects, *, any_mode: bool) -> str | None:
     """Why this site must stay as it is, or None."""
-    if _any_global_hook():
-        return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return (
-        _other_reader(site, view)
+        global_hook_refusal()
+        or _other_reader(site, view)
         or _extra_arguments(site, view)
         or _module_refusal(site, effects, any_mode)
         or _written_constant(site, view, effects)
@@ -109,7 +108,7 @@ def _state_refusal(module: nn.Module, effects: Effects, any_mode: bool) -> str |
             return (
                 f"holds {name}, to which a module that is kept whole may write, for it holds it too"
             )
-        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        if has_tensor_hook(tensor):
             return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
     return None
 
@@ -187,7 +186,3 @@ def seen_elsewhere(value: fx.Node, own: set[fx.Node], effects: Effects) -> fx.No
         if each.op in ("placeholder", "get_attr") or not (own | storage).issuperset(each.users):
             return each
     return None
-
-
-# The one private name of torch.nn that this package needs; without it no hook is assumed.
-_any_global_hook = getattr(nn_module, "_has_any_global_hook", bool)

@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ..errors import FxRewriteError
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import pytree
 from ..rules.actions import Action, Replace
 from ..rules.rules import Rule
 from ..rules.values import Call, Value

@@ -8,11 +8,11 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ..dialects.op_table import SPELLINGS
 from ..module_utils.subclassing import overridden
+from ..module_utils.torch_private import OpOverload, operator_name, written_arguments
 from .graph_view import GraphView
 
 IN_PLACE_OPERATORS = {
@@ -38,6 +38,16 @@ _FRESH_CALLS = frozenset(
 )
 
 _IN_PLACE_CALLS = {f"{name}_" for name in _FRESH_CALLS}
+
+_HAND_ON = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 
 class Effects:
@@ -135,9 +145,9 @@ def written_by(node: fx.Node, view: GraphView) -> list[fx.Node]:
         return node.all_input_nodes[:1] if _is_in_place_name(str(target)) else []
     if node.op != "call_function":
         return []
-    if isinstance(target, torch._ops.OpOverload):
-        inputs = view.inputs(node)
-        return [inputs[name] for name in _mutable_arguments(target) if name in inputs]
+    if isinstance(target, OpOverload):
+        names, inputs = _written_arguments(target), view.inputs(node)
+        return [each for name, each in inputs.items() if names is None or name in names]
     written: list[fx.Node] = []
     if target in SPELLINGS:  # a functional batch norm in training mode updates its statistics
         inputs = view.inputs(node)
@@ -194,7 +204,7 @@ def _is_fresh_kind(kind: type[Any]) -> bool:
 
 def hands_on(module: nn.Module | None) -> bool:
     """Whether a module in eval mode is sure to return its very input."""
-    return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+    return isinstance(module, _HAND_ON)
 
 
 def writes_in_place(module: nn.Module | None) -> bool:
@@ -206,8 +216,8 @@ def writes_in_place(module: nn.Module | None) -> bool:
 
 def base_name(function: Any) -> str:
     """What a function or operator is called, without its namespace and overload."""
-    if isinstance(function, torch._ops.OpOverload):
-        return str(function._schema.name).rpartition("::")[2]
+    if isinstance(function, OpOverload):
+        return operator_name(function).rpartition("::")[2]
     return getattr(function, "__name__", "")
 
 
@@ -219,9 +229,9 @@ def is_torch(function: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _mutable_arguments(overload: torch._ops.OpOverload) -> tuple[str, ...]:
-    written = [a.name for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return tuple("input" if name == "self" else name for name in written)
+def _written_arguments(overload: OpOverload) -> tuple[str, ...] | None:
+    names = written_arguments(overload)
+    return names and tuple("input" if name == "self" else name for name in names)
 
 
 def _is_in_place_name(name: str) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
+
+from ..module_utils.torch_private import OpOverload, operator_name
 
 # Functions and methods that only depend on their arguments, and write to none of them.
 _PURE = frozenset(
@@ -42,8 +43,8 @@ def evaluate(node: fx.Node, attribute: Any) -> Any:
 def _base_name(target: Any) -> str:
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).removeprefix("aten::")
+    if isinstance(target, OpOverload):
+        return operator_name(target).removeprefix("aten::")
     module = getattr(target, "__module__", None) or "torch"
     is_known = module == operator.__name__ or module == "_operator" or module.startswith("torch")
     return getattr(target, "__name__", "") if is_known else ""

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..module_utils.evolve import evolve
 from ..module_utils.hooks import runs_its_forward_alone
+from ..module_utils.torch_private import OpOverload
 from .aliases import base_name, is_fresh_module, written_by
 from .describe import name_of
 from .graph_view import GraphView
@@ -60,7 +61,7 @@ def _calm(reader: fx.Node, view: GraphView) -> tuple[Any, dict[str, Any] | None]
     target, name = reader.target, base_name(reader.target).removesuffix("_")
     if name not in _ACTIVATIONS:
         return None
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return getattr(torch.ops.aten, name).default, None
     kwargs = {k: v for k, v in view.arguments(reader).items() if k != "input"}
     if target is getattr(torch.nn.functional, name, None) and kwargs.get("inplace") is True:

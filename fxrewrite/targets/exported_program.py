@@ -20,13 +20,13 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.utils import _pytree as pytree
 
 from ..engine.bindings import Shown
 from ..engine.match import Link, Site
 from ..ir.aliases import Effects
 from ..ir.fake_values import run_on_fakes
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import pytree
 from ..module_utils.tree import _parent_name, fresh_name
 from ..rules.actions import Action, Replace, Split
 from ..rules.values import Call, Value

@@ -13,25 +13,16 @@ from ..engine.bindings import Shown
 from ..engine.match import Link, Site
 from ..ir.aliases import Effects
 from ..ir.graph_view import GraphView
-from ..module_utils.hooks import HOOKS
+from ..module_utils.torch_private import HOOK_STATE, tracer_class, unsaved_buffers
 from ..module_utils.tree import _parent_name
 from ..rules.actions import Action
-
-# Beside the hooks themselves, how torch remembers that they want to be called.
-HOOK_STATE = (
-    *HOOKS,
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
 
 
 def graph_module(view: GraphView) -> fx.GraphModule:
     """The view's graph and what it uses as a GraphModule; the view's model stays as it is."""
     root, graph = view.root, view.graph
     # Torch's own constructor would look every target up in one root; ours are in two places.
-    empty = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+    empty = fx.Graph(tracer_cls=tracer_class(graph))
     made = fx.GraphModule(nn.Module(), empty, class_name=type(root).__name__)
     made.training = root.training
     used = {str(n.target): n for n in graph.nodes if n.op in ("call_module", "get_attr")}
@@ -107,8 +98,8 @@ def _put(holder: nn.Module, source: Any, name: str, value: Any, *, is_new: bool 
         setattr(holder, name, value)
         return
     # What is a buffer in the model, or new, is saved; a constant of the forward never was.
-    unsaved = getattr(source, "_non_persistent_buffers_set", ())
-    saved = is_new or (name in getattr(source, "_buffers", {}) and name not in unsaved)
+    is_buffer = isinstance(source, nn.Module) and name in source._buffers
+    saved = is_new or (is_buffer and name not in unsaved_buffers(source))
     holder.register_buffer(name, value, persistent=saved)
 
 
