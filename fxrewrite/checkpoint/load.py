@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import LoadError
 from ..explain.report import Report
+from ..module_utils.torch_private import pytree
 from ..module_utils.tree import parent_name
 from ..pipeline.rewriting import Options, rewrite
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LoadError
 from ..module_utils.running import SEED, called, cloned
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 _ABOUT_ZERO = 1e-3
 
@@ -70,12 +71,12 @@ def randomise_batch_norms(model: nn.Module, inputs: Any) -> int:
         How many batch norms there were whose statistics were the initial ones.
     """
     generator = torch.Generator().manual_seed(SEED)
-    norms = [each for each in model.modules() if isinstance(each, _BatchNorm)]
+    norms = [each for each in model.modules() if isinstance(each, BatchNorm)]
     count = 0
 
     def randomise(bn: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         nonlocal count
-        if isinstance(bn, _BatchNorm) and _is_fresh(bn):
+        if isinstance(bn, BatchNorm) and _is_fresh(bn):
             count += 1
             scale = float(given[0].abs().double().square().mean().sqrt())
             _randomise(bn, scale if 0 < scale < math.inf else 1.0, generator)
@@ -128,7 +129,7 @@ def randomise_constants(model: nn.Module) -> int:
     return count
 
 
-def _is_fresh(bn: _BatchNorm) -> bool:
+def _is_fresh(bn: BatchNorm) -> bool:
     mean, var = bn.running_mean, bn.running_var
     if mean is None or var is None or nn.parameter.is_lazy(mean):
         return False
@@ -136,7 +137,7 @@ def _is_fresh(bn: _BatchNorm) -> bool:
 
 
 @torch.no_grad()
-def _randomise(bn: _BatchNorm, scale: float, generator: torch.Generator) -> None:
+def _randomise(bn: BatchNorm, scale: float, generator: torch.Generator) -> None:
     def normal(spread: float) -> torch.Tensor:
         return spread * torch.randn(bn.num_features, generator=generator)
 

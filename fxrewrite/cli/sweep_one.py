@@ -11,7 +11,6 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..api import rewrite
 from ..errors import InputError, LoadError, TraceError
@@ -21,7 +20,7 @@ from ..pipeline.rewriting import Into
 from ..rules.registry import get_rule_set
 from ..rules.rule import RuleSet
 from ..verification.verify import Verification, verify
-from .randomising import randomise_batch_norms, randomise_constants
+from .randomising import BatchNorm, randomise_batch_norms, randomise_constants
 from .sweep_models import Subject, build, inputs_to_try
 from .sweep_row import Row, accounted
 
@@ -81,7 +80,7 @@ def _examine(
     if most is None or found.get("parameters", 0) <= most:
         model = build(subject)
         found["parameters"] = _count(model)
-        found["batch_norms"] = sum(isinstance(each, _BatchNorm) for each in model.modules())
+        found["batch_norms"] = sum(isinstance(each, BatchNorm) for each in model.modules())
     if most is not None and found["parameters"] > most:
         found |= {"outcome": "left alone", "detail": f"it has more than {most:,} parameters"}
         return

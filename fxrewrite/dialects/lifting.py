@@ -13,10 +13,10 @@ from typing import Any
 import attrs
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import pytree
 from ..module_utils.tree import parent_name
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step

@@ -16,6 +16,7 @@ from ..ir.describe import PROVENANCE
 from ..ir.fake_values import renew
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
+from ..module_utils.torch_private import OpOverload, is_erased
 from ..module_utils.tree import parent_name
 from .lifting import TRANSPOSES, Lifted, Lifting
 from .op_table import SPELLINGS, Spelling
@@ -62,7 +63,10 @@ class _Lowering:
         """Put a call back as it was, but for what it reads, if it still stands where it did."""
         node, call = lifted.node, lifted.call
         source = node.all_input_nodes[0]
-        if any(each._erased or each > call for each in (*lifted.constants, source)) or call > node:
+        if (
+            any(is_erased(each) or each > call for each in (*lifted.constants, source))
+            or call > node
+        ):
             return False
         self._view.count(node, -1)
         data = lifted.given[lifted.spelling.data]
@@ -85,7 +89,7 @@ class _Lowering:
             if lifted.call is not lifted.node:
                 served.insert(0, lifted.call)
             for node in served:
-                if not node.users and not node._erased:
+                if not node.users and not is_erased(node):
                     self._view.count(node, -1)
                     self._view.graph.erase_node(node)
 
@@ -114,7 +118,7 @@ class _Lowering:
                 function, args, kwargs = operator.getitem, (call, spelling.item), {}
         node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
         renew(self._view, _below(node, source))
-        if isinstance(function, torch._ops.OpOverload):  # and so must be what splits its result
+        if isinstance(function, OpOverload):  # and so must be what splits its result
             for user in node.users:
                 if user.target is torch.split_with_sizes:
                     user.target = torch.ops.aten.split_with_sizes.default
@@ -132,7 +136,7 @@ class _Lowering:
             read = self._view.graph.create_node("get_attr", target)
             self._view.count(read, +1)
             return read
-        is_list = isinstance(value, tuple) and isinstance(spelling.function, torch._ops.OpOverload)
+        is_list = isinstance(value, tuple) and isinstance(spelling.function, OpOverload)
         return list(value) if is_list else value
 
     def _target(self, tensor: torch.Tensor, field: str, lifted: Lifted) -> str:

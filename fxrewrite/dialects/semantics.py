@@ -81,7 +81,7 @@ class ConvMeaning(Meaning):
         if rank not in (None, weight.dim()):
             return "its input has no batch dimension"
         groups, inputs = given.get("groups", 1), weight.shape[1]
-        is_transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)
+        is_transposed = issubclass(kind, TRANSPOSED_CONVS)
         channels = weight.shape[0], inputs * groups
         names = ("stride", "padding", "dilation", "output_padding")
         dims = weight.dim() - 2
@@ -120,7 +120,7 @@ class AnyConvMeaning(Meaning):
 
     @override
     def lower(self, module: nn.Module) -> Arguments | None:
-        is_transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        is_transposed = isinstance(module, TRANSPOSED_CONVS)
         spelt = ConvMeaning(CONVS, padding=tuple).lower(module)
         return None if spelt is None else {**spelt, "transposed": is_transposed}
 

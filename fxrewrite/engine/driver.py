@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.describe import name_of
 from ..ir.graph_view import GraphView
-from ..ir.overlay import is_erased
+from ..module_utils.torch_private import is_erased
 from ..rules.guards import Declined
 from ..rules.rule import Rule
 from .applying import Applied, SiteRewriter

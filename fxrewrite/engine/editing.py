@@ -8,13 +8,12 @@ from typing import Any
 
 import attrs
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..ir.aliases import hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
 from ..ir.describe import PROVENANCE
 from ..ir.graph_view import GraphView
-from ..ir.overlay import is_erased
 from ..ir.spelling import spell, split
+from ..module_utils.torch_private import is_erased, pytree
 from ..rules.actions import Action, Bypass, Call, Replace, Revise, Split
 from ..rules.values import Value
 from .match import Link, Site

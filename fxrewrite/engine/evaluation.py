@@ -8,12 +8,12 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import RuleError
 from ..ir.graph_view import GraphView
 from ..module_utils.state import Snapshot
 from ..module_utils.tensors import is_finite, named_tensors
+from ..module_utils.torch_private import pytree
 from ..rules.actions import Action, Call, Split
 from ..rules.guards import Declined
 from ..rules.rule import Rule
@@ -62,7 +62,7 @@ def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
 def _watched(rule: Rule[Any], site: Site, match: Any, *, exactly: bool) -> Action | Declined:
     """Ask a rule and compare afterwards what it was given."""
     given = list(_given(match))
-    before = Snapshot(given)
+    before = Snapshot(given, exact=exactly)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         answer = _asked(rule, site, match)
         if (changed := before.difference()) is not None:

@@ -7,7 +7,6 @@ guards say only what is special to the rule.
 from __future__ import annotations
 
 from torch import fx, nn
-from torch.nn.modules import module as nn_module
 
 from ..ir.aliases import is_fresh, written_by
 from ..ir.describe import describe
@@ -15,15 +14,15 @@ from ..ir.graph_view import GraphView
 from ..ir.tensor_metadata import reads_metadata_only
 from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
 from ..module_utils.subclassing import differs
+from ..module_utils.torch_private import global_hook_refusal, has_tensor_hook
 from .match import Site
 
 
 def refusal(site: Site, view: GraphView, *, any_mode: bool) -> str | None:
     """Why this site must stay as it is, or None."""
-    if _any_global_hook():
-        return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return (
-        _other_reader(site, view)
+        global_hook_refusal()
+        or _other_reader(site, view)
         or _extra_arguments(site, view)
         or _module_refusal(site, view, any_mode)
         or _written_constant(site, view)
@@ -101,7 +100,7 @@ def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool) -> str | 
             return (
                 f"holds {name}, to which a module that is kept whole may write, for it holds it too"
             )
-        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        if has_tensor_hook(tensor):
             return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
     return None
 
@@ -141,7 +140,3 @@ def _hazard(site: Site, view: GraphView) -> str | None:
         if write not in nodes and any(view.touches(write, each) for each in reads):
             return f"{describe(write, view)} writes in place to what the chain reads"
     return None
-
-
-# The one private name of torch.nn that this package needs; without it no hook is assumed.
-_any_global_hook = getattr(nn_module, "_has_any_global_hook", bool)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
+from ..module_utils.torch_private import unsaved_buffers
 from ..module_utils.tree import parent_name
 
 How = Literal["same", "changed", "moved", "folded", "gone"]
@@ -109,7 +110,7 @@ def _saved(model: Any) -> dict[str, int]:
             if tensor is not None:
                 found[prefix + key] = id(tensor)
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
+            if buffer is not None and key not in unsaved_buffers(module):
                 found[prefix + key] = id(buffer)
         for key, child in module._modules.items():
             if child is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import attrs
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
+from ..module_utils.torch_private import disable_current_modes, is_static_input, version_of
 from ..pipeline.applying import apply
 from ..pipeline.rule_lists import apart
 from ..rules.registry import Rules, resolve
@@ -51,7 +51,7 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
         UnknownRuleSetError: no rule set has the given name.
         torch._dynamo.exc.InvalidBackend: no backend has the name `inner`.
     """
-    from torch._dynamo import lookup_backend  # which takes seconds to import
+    from ..module_utils.torch_private import lookup_backend  # which takes seconds to import
 
     rule_sets = apart(resolve(rules))
     compile_inner = lookup_backend(inner)
@@ -106,7 +106,7 @@ class _Rewriting:
                 node.meta.setdefault("val", node.meta["example_value"])
             if node.op == "placeholder" and node.name in constants:
                 node.op, node.target = "get_attr", node.name
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             view = GraphView(self.graph_module, graph, constants)
             view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
@@ -174,7 +174,7 @@ class _Compiled:
     def _stamped(self, inputs: Sequence[Any]) -> list[tuple[Any, ...]]:
         """The watched tensors, each with what tells that it was written to."""
         watched = (inputs[i] for i in self._made.watched)
-        return [(each, each._version, each.data_ptr(), each.requires_grad) for each in watched]
+        return [(each, version_of(each), each.data_ptr(), each.requires_grad) for each in watched]
 
     def _renew(self, inputs: Sequence[Any]) -> None:
         made = self._rewriting.of(inputs)
@@ -193,8 +193,7 @@ def _is_constant(node: fx.Node, value: Any) -> bool:
     """Whether an input is a parameter or buffer, and no gradient can flow to it."""
     if type(value) not in PLAIN_TENSORS or value.is_inference():
         return False
-    is_static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
-    is_held = isinstance(value, nn.Parameter) or is_static
+    is_held = isinstance(value, nn.Parameter) or is_static_input(node)
     return is_held and not (value.requires_grad and torch.is_grad_enabled())
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..engine.target import Target
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import CustomGraphPass, disable_current_modes
 from ..module_utils.tree import fresh_name
 from ..pipeline.applying import apply
 from ..rules.rule import RuleSet
@@ -28,7 +27,7 @@ class InductorPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Apply the rules to a graph, in place; where one raises, nothing is changed."""
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             self._apply(graph)
 
     def uuid(self) -> bytes | None:

@@ -6,9 +6,9 @@ import functools
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from ..module_utils.torch_private import OpOverload, written_arguments
 from .op_traits import (
     IN_PLACE_OPERATORS,
     Trait,
@@ -24,6 +24,16 @@ from .op_traits import (
 )
 from .overlay import Overlay
 
+_HAND_ON = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
 
 def written_by(node: fx.Node, view: Overlay) -> list[fx.Node]:
     """The values that a node writes to in place."""
@@ -34,12 +44,15 @@ def written_by(node: fx.Node, view: Overlay) -> list[fx.Node]:
         return node.all_input_nodes[:1] if is_in_place_name(str(target)) else []
     if node.op != "call_function":
         return []
-    names = _mutable_arguments(target) if isinstance(target, torch._ops.OpOverload) else ()
+    names: tuple[str, ...] = ()
+    if isinstance(target, OpOverload):
+        known = _written_arguments(target)
+        names = tuple(view.inputs(node)) if known is None else known
     if Trait.UPDATES in traits_of_function(target):
         names = (*names, *updated_statistics(view.arguments(node)))
     inputs = view.inputs(node) if names else {}
     written = [inputs[name] for name in names if name in inputs]
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return written
     fx.node.map_arg(node.kwargs.get("out"), written.append)
     if writes_first_argument(target) or (
@@ -98,6 +111,6 @@ def writes_in_place(module: nn.Module | None) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _mutable_arguments(overload: torch._ops.OpOverload) -> tuple[str, ...]:
-    written = [a.name for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return tuple("input" if name == "self" else name for name in written)
+def _written_arguments(overload: OpOverload) -> tuple[str, ...] | None:
+    names = written_arguments(overload)
+    return names and tuple("input" if name == "self" else name for name in names)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import get_signature_for_torch_op
+
+from ..module_utils.torch_private import OpOverload, OpOverloadPacket, boolean_dispatched
 
 _TORCH_NAME = {
     operator.truediv: "true_divide",
@@ -82,7 +83,7 @@ def _signatures(callee: Callable[..., Any] | str | type) -> tuple[inspect.Signat
         return (forward.replace(parameters=list(forward.parameters.values())[1:]),)
     if (by_flag := boolean_dispatched.get(callee)) is not None:  # F.max_pool2d and its like
         return _python_signature(by_flag["if_false"])
-    if isinstance(callee, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(callee, OpOverload | OpOverloadPacket):
         return _torch_signatures(callee)
     if getattr(callee, "__module__", None) == "_operator":
         name = _TORCH_NAME.get(callee, callee.__name__)

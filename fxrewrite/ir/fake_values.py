@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils import _pytree as pytree
 
+from ..module_utils.torch_private import FakeTensor, FakeTensorMode, pytree, tensor_metadata
 from .overlay import Overlay
 
 
@@ -30,7 +28,9 @@ def renew(view: Overlay, nodes: Iterable[fx.Node], mode: FakeTensorMode | None =
             continue
         node.meta["val"] = value
         if "tensor_meta" in node.meta and isinstance(value, torch.Tensor):
-            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+            del node.meta["tensor_meta"]
+            if (known := tensor_metadata(value)) is not None:
+                node.meta["tensor_meta"] = known
 
 
 def run_on_fakes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

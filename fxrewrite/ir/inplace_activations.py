@@ -9,6 +9,7 @@ from torch import fx
 
 from ..module_utils.evolve import evolve
 from ..module_utils.hooks import runs_its_forward_alone
+from ..module_utils.torch_private import OpOverload
 from .aliases import is_fresh_module, written_by
 from .describe import name_of
 from .op_traits import Trait, base_name, traits_of_name
@@ -56,7 +57,7 @@ def _out_of_place(reader: fx.Node, view: Overlay) -> tuple[Any, dict[str, Any] |
     target, name = reader.target, base_name(reader.target).removesuffix("_")
     if Trait.ACTIVATION not in traits_of_name(name):
         return None
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return getattr(torch.ops.aten, name).default, None
     kwargs = {k: v for k, v in view.arguments(reader).items() if k != "input"}
     if target is getattr(torch.nn.functional, name, None) and kwargs.get("inplace") is True:

@@ -14,10 +14,10 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ..module_utils.subclassing import overridden
+from ..module_utils.torch_private import OpOverload, operator_name
 
 
 class Trait(enum.Flag):
@@ -208,8 +208,8 @@ def updated_statistics(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 def base_name(function: Any) -> str:
     """What a function or operator is called, without its namespace and overload."""
-    if isinstance(function, torch._ops.OpOverload):
-        return str(function._schema.name).rpartition("::")[2]
+    if isinstance(function, OpOverload):
+        return operator_name(function).rpartition("::")[2]
     return getattr(function, "__name__", "")
 
 

@@ -201,11 +201,6 @@ class Overlay:
             del self._users[id(module)]
 
 
-def is_erased(node: fx.Node) -> bool:
-    """Whether a node is gone from its graph."""
-    return bool(getattr(node, "_erased", False))
-
-
 # What a graph module has already, and a module of that name would hide.
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 

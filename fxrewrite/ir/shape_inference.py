@@ -7,25 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..errors import FxRewriteError
-from ..module_utils.state import ModelState
-
-_DEPENDS_ON_DATA = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-    UnsupportedFakeTensorException,
-)
+from ..module_utils.state import Snapshot
+from ..module_utils.torch_private import DEPENDS_ON_DATA, FakeTensorMode
 
 
 class _Propagation(FakeTensorProp):
@@ -55,7 +43,7 @@ def record_shapes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> None
             f"the model can't be called with these example_inputs: it takes {taken} arguments, "
             f"not {len(example_inputs)}"
         )
-    before = ModelState(module, buffers=True)
+    before = Snapshot({"": module}, skipped=("_parameters",))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     propagation = _Propagation(module, mode)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
@@ -68,7 +56,7 @@ def record_shapes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> None
                     for each in example_inputs
                 ]
             propagation.propagate_dont_convert_inputs(*fakes)
-        except _DEPENDS_ON_DATA:
+        except (*DEPENDS_ON_DATA, GuardOnDataDependentSymNode):
             pass  # the values before this one are known, and rules learn that the others are not
         except Exception as error:
             said = str(error).partition("\n")[0]

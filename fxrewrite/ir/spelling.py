@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils import _pytree as pytree
 
+from ..module_utils.torch_private import pytree
 from .overlay import Overlay
 
 

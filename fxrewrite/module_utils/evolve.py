@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .torch_private import COMPILED_CALL
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -40,7 +42,7 @@ def evolve(module: M, /, **changes: Any) -> M:
     state.update(module.__dict__)
     for registry in _REGISTRIES:
         state[registry] = state[registry].copy()
-    state.pop("_compiled_call_impl", None)
+    state.pop(COMPILED_CALL, None)
     for name, value in changes.items():
         if name in new._parameters:
             new._parameters[name] = _parameter(module, module._parameters[name], value)

@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..module_utils.parametrization import is_of_old_norms, is_of_parametrizations, is_parametrized
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
+from .parametrization import is_of_old_norms, is_of_parametrizations, is_parametrized
+from .torch_private import HOOKS
 
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
 

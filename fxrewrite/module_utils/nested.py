@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
-from torch.utils import _pytree as pytree
+
+from .torch_private import pytree
 
 
 @attrs.frozen

@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import (
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .evolve import evolve
+from .torch_private import HOOKS
 
 # The older weight_norm and spectral_norm set the weight in a hook, before each call.
 _OLD_NORMS = (WeightNorm, SpectralNorm)
@@ -52,11 +53,7 @@ def without_parametrizations(module: nn.Module) -> nn.Module:
     if not is_parametrized(module):
         return module
     plain = evolve(module)
-    for hooks in (
-        plain._forward_pre_hooks,
-        plain._state_dict_hooks,
-        plain._load_state_dict_pre_hooks,
-    ):
+    for hooks in map(plain.__dict__.__getitem__, HOOKS):
         for key in [k for k, h in hooks.items() if is_of_parametrizations(h) or is_of_old_norms(h)]:
             del hooks[key]
     plain.__class__ = parametrize.type_before_parametrizations(module)

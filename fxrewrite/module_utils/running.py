@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import InputError
 from .nested import Container, flatten, mapped
-from .state import ModelState
+from .state import Snapshot
 
 SEED = 0
 
@@ -43,11 +43,10 @@ def run(model: nn.Module, inputs: Any) -> Run:
     """
     given = cloned(inputs)
     before = {**dict(flatten(cloned(given), "input")), **_buffers(model)}
-    state = ModelState(model, buffers=True)
-    try:
+    state = Snapshot({"": model}, skipped=("_parameters",))
+    with state, state:  # Ctrl-C may come while the inner one is putting things back
         output = called(model, given)
         after = {**dict(flatten(given, "input")), **_buffers(model)}
-    finally:
         state.restore()
     untouched = (name for name, each in before.items() if _identical(each, after.get(name)))
     return Run(output, {**dict(flatten(output, "output")), **after}, frozenset(untouched))
@@ -81,7 +80,9 @@ def in_float64(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
     tensors = (*model.parameters(), *model.buffers(), *_tensors(inputs))
     if all(_wide_dtype(each.dtype) == each.dtype for each in tensors):
         return None
-    wide: nn.Module = copy.deepcopy(model)._apply(widened)  # type: ignore[no-untyped-call]
+    wide = copy.deepcopy(model).double()
+    for each in (*wide.parameters(), *wide.buffers()):
+        each.data = widened(each.data)  # complex ones, which double() leaves
     return wide, _each_once(widened, inputs)
 
 

@@ -1,55 +1,96 @@
-"""The state of a model's parts at one moment, to compare with later and to put back."""
+"""What modules and tensors hold at one moment, to compare with later and to put back."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
+
 _ABSENT = object()
-_IMMUTABLE = frozenset({bool, int, float, str, tuple, type(None)})
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ATOMS = frozenset({bool, int, float, str, type(None)})
+_REGISTRIES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+_UNNAMED = ("_parameters", "_buffers", "_modules")
+_ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
+_attributes_of = operator.attrgetter(*_ATTRIBUTES)
+
+_Path: TypeAlias = "tuple[_Path, str] | None"
 
 
 class Snapshot:
-    """All that is reached from some modules and tensors, down to what tensors hold.
+    """All that is reached from some modules and tensors: attributes, registries, contents.
 
-    It holds a rule to its promise to change nothing that it is given. As a context, it puts
-    everything back when an error leaves it.
+    As a context, it puts everything back when an error leaves it. It is entered twice where Ctrl-C
+    may come while it does so.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = Snapshot([layer])
+    >>> layer.weight.data.zero_().sum()
+    tensor(0.)
+    >>> before.difference()
+    'the tensor Linear.weight'
+    >>> before.restore()
+    ['Linear.weight']
+
+    Args:
+        things: modules, tensors and containers of them; by name, or else each by its type's name.
+        exact: copy tensors, so as to compare them bit for bit and to put back what they held. If
+            not, their contents can't be put back, and only writes that torch counts are noticed,
+            those through `.data` or NumPy not being among them.
+        skipped: those of a module's registries, such as `_parameters`, whose tensors stay unseen.
     """
 
-    def __init__(self, things: Iterable[Any]) -> None:
-        self._classes: list[tuple[str, nn.Module, type[nn.Module]]] = []
-        self._containers: list[tuple[str, Any, Any]] = []
-        self._tensors: list[tuple[str, _Tensor]] = []
+    def __init__(
+        self,
+        things: Iterable[Any] | Mapping[str, Any],
+        *,
+        exact: bool = True,
+        skipped: Collection[str] = (),
+    ) -> None:
+        self._exact, self._skipped = exact, skipped
+        self._parts: list[_Container | _Tensor] = []
         self._seen: dict[int, Any] = {}
-        for each in things:
-            self._visit(type(each).__name__, each)
+        pairs = ((type(each).__name__, each) for each in things)
+        for name, each in things.items() if isinstance(things, Mapping) else pairs:
+            self._visit((None, name), each)
 
-    def _visit(self, name: str, value: Any) -> None:
-        if id(value) in self._seen:
-            return
-        if isinstance(value, nn.Module):
-            self._classes.append((name, value, type(value)))
-            inner: Iterable[tuple[Any, Any]] = [("", value.__dict__)]
-        elif isinstance(value, torch.Tensor):
-            self._tensors.append((name, _Tensor(value)))
-            inner = [("", value.__dict__), ("grad", value.grad)]
-        elif isinstance(value, dict | list | set):
-            self._containers.append((name, value, value.copy()))
-            inner = value.items() if isinstance(value, dict) else [("", each) for each in value]
-        elif isinstance(value, tuple):
-            inner = [("", each) for each in value]
-        else:
+    def _visit(self, path: _Path, value: Any) -> None:
+        if type(value) in _ATOMS or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        for key, each in inner:
-            shown = "" if key in _REGISTRIES else str(key)
-            self._visit(f"{name}.{shown}".rstrip("."), each)
+        if isinstance(value, nn.Module):
+            self._visit_module(path, value)
+        elif isinstance(value, torch.Tensor):
+            self._parts.append(tensor := _Tensor(path, value, self._exact))
+            for each in (*tensor.attributes, None if tensor.is_bare else value.__dict__):
+                self._visit(path, each)
+        elif isinstance(value, dict):
+            self._parts.append(_Container(path, value))
+            for key, each in value.items():
+                self._visit((path, str(key)), each)
+        elif isinstance(value, tuple | list | set | deque):
+            if not isinstance(value, tuple):
+                self._parts.append(_Container(path, value))
+            if not _ATOMS.issuperset(map(type, value)):
+                for each in value:
+                    self._visit(path, each)
+
+    def _visit_module(self, path: _Path, module: nn.Module) -> None:
+        self._parts.append(part := _Module(path, module))
+        for key, each in module.__dict__.items():
+            if type(each) in _ATOMS:
+                continue
+            if key in _REGISTRIES and not each:
+                part.empty[key] = each
+            elif key in self._skipped:
+                self._parts.append(_Container(path, each))
+            elif type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
+                self._visit(path if key in _UNNAMED else (path, key), each)
 
     def __enter__(self) -> Snapshot:
         return self
@@ -58,158 +99,136 @@ class Snapshot:
         if error is not None:
             self.restore()
 
-    def difference(self) -> str | None:
-        """What has changed since, in words, or None."""
-        for name, module, kind in self._classes:
-            if type(module) is not kind:
-                return f"the class of {name}"
-        for name, now, before in self._containers:
-            if (key := _changed(before, now)) is not None:
-                return f"{name}.{key}".removesuffix(".")
-        for name, tensor in self._tensors:
-            if tensor.differs():
-                return f"the tensor {name}"
+    def difference(self, *, versions: bool = True) -> str | None:
+        """The first thing that has changed since, in words, or None.
+
+        Args:
+            versions: whether a tensor that was written to, and holds what it held, has changed.
+        """
+        for part, name in self._changes(versions):
+            return f"the tensor {name}" if isinstance(part, _Tensor) else name
         return None
 
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        for _, module, kind in self._classes:
-            object.__setattr__(module, "__class__", kind)
-        for _, now, before in self._containers:
-            _refill(now, before)
-        for _, tensor in self._tensors:
-            tensor.restore()
-
-
-class ModelState:
-    """What tracing a model may change: its modules' attributes, and tensors that FX hands out.
-
-    As a context, it puts everything back when an error leaves it.
-
-    Args:
-        model: the model.
-        buffers: whether to guard what buffers hold, too, for a tracer that does not record reads
-            of them. Reads of parameters are always recorded.
-    """
-
-    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
-        self._registries: list[tuple[str, Any, Any]] = []
-        self._tensors: list[tuple[str, _Tensor]] = []
-        for name, module in model.named_modules():
-            for registry in (module.__dict__, module._buffers, module._modules):
-                if registry:
-                    self._registries.append((name, registry, registry.copy()))
-            for key, value in module.__dict__.items():
-                if key not in _OF_EVERY_MODULE and type(value) not in _IMMUTABLE:
-                    self._hold(f"{name}.{key}", value)
-            for key in module._buffers if buffers else ():
-                self._hold(f"{name}.{key}", module._buffers[key])
-
-    def __enter__(self) -> ModelState:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            self.restore()
-
-    def _hold(self, name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            self._tensors.append((name.strip("."), _Tensor(value)))
-        elif isinstance(value, dict | list | set):
-            self._registries.append((name, value, value.copy()))
-            for each in value.values() if isinstance(value, dict) else value:
-                self._hold(name, each)
-
     def restore(self) -> list[str]:
-        """Put everything back, and name the things that were changed."""
+        """Put everything back as it was, and name what was changed, or at least written to."""
         found = []
-        for name, registry, before in self._registries:
-            if (key := _changed(before, registry)) is not None:
-                found.append(f"{name}.{key}".strip("."))
-                _refill(registry, before)
-        for name, tensor in self._tensors:
-            # A forward that writes what is there already may write something else next time.
-            if tensor.was_written() or tensor.differs():
-                found.append(name)
-                tensor.restore()
+        for part, name in self._changes(versions=True):
+            found.append(name)
+            part.restore()
         return found
+
+    def _changes(self, versions: bool) -> Iterator[tuple[_Container | _Tensor, str]]:
+        for part in self._parts:
+            if (key := part.change(versions)) is not None:
+                yield part, ".".join(filter(None, _keys((part.path, key))))
+
+
+def _keys(path: _Path) -> list[str]:
+    return [] if path is None else [*_keys(path[0]), path[1]]
+
+
+class _Container:
+    """The entries of a dictionary, list, set or deque."""
+
+    __slots__ = ("before", "now", "path")
+
+    def __init__(self, path: _Path, container: Any) -> None:
+        self.path, self.now, self.before = path, container, container.copy()
+
+    def change(self, versions: bool) -> str | None:
+        """The first key whose entry is not the same object any more; empty for what has no keys."""
+        now, before = self.now, self.before
+        if isinstance(now, dict):
+            if list(now) == list(before) and all(map(operator.is_, now.values(), before.values())):
+                return None
+            keys = {**before, **now}
+            others = (k for k in keys if before.get(k, _ABSENT) is not now.get(k, _ABSENT))
+            return next(map(str, others), "")
+        if isinstance(now, set):
+            return None if now == before else ""
+        return None if len(now) == len(before) and all(map(operator.is_, now, before)) else ""
+
+    def restore(self) -> None:
+        self.now.clear()
+        add = self.now.update if isinstance(self.now, dict | set) else self.now.extend
+        add(self.before)
+
+
+class _Module(_Container):
+    """A module's type and attributes, and those of its registries that are empty."""
+
+    __slots__ = ("empty", "module", "type")
+
+    def __init__(self, path: _Path, module: nn.Module) -> None:
+        super().__init__(path, module.__dict__)
+        self.module, self.type = module, type(module)
+        self.empty: dict[str, Any] = {}
+
+    def change(self, versions: bool) -> str | None:
+        if type(self.module) is not self.type:
+            return "__class__"
+        if any(self.empty.values()):
+            return next(name for name, each in self.empty.items() if each)
+        return _Container.change(self, versions)
+
+    def restore(self) -> None:
+        object.__setattr__(self.module, "__class__", self.type)
+        for each in self.empty.values():
+            each.clear()
+        super().restore()
 
 
 class _Tensor:
-    """A tensor with its storage, geometry, content, gradient and hooks of one moment."""
+    """A tensor's place in memory, what it holds, its gradient and its hooks."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.requires_grad, self.grad = tensor.requires_grad, tensor.grad
-        self.hooks = tensor._backward_hooks
-        self.hooked = dict(self.hooks or {})
+    __slots__ = ("attributes", "copy", "data", "is_bare", "path", "place", "tensor", "version")
+
+    def __init__(self, path: _Path, tensor: torch.Tensor, exact: bool) -> None:
+        self.path, self.tensor = path, tensor
+        self.attributes, self.is_bare = _attributes_of(tensor), not tensor.__dict__
+        self.version = version_of(tensor)
+        self.place = _place(tensor) if _is_dense(tensor) else None
         # A detached tensor keeps the storage when the original is given another one.
-        self.data = tensor.detach()
-        self.is_dense = tensor.layout is torch.strided and not (
-            tensor.is_quantized or tensor.is_nested or tensor.is_meta
-        )
-        self.geometry = _geometry(tensor) if self.is_dense else None
-        self.copy = self.data.clone()
-        self.version = 0 if tensor.is_inference() else tensor._version
+        self.data = tensor.detach() if exact else None
+        self.copy = None if self.data is None else self.data.clone()
 
-    def differs(self) -> bool:
-        now = self.tensor
-        if now.requires_grad is not self.requires_grad or now.grad is not self.grad:
-            return True
-        if now._backward_hooks is not self.hooks or dict(self.hooks or {}) != self.hooked:
-            return True
-        if not self.is_dense:  # of other layouts, torch tells only what goes through its functions
-            return self.was_written()
-        if _geometry(now) != self.geometry:
-            return True
-        same_place = now.data_ptr() == self.data.data_ptr()
-        return not same_place or not torch.equal(_bytes(now), _bytes(self.copy))
-
-    def was_written(self) -> bool:
-        return not self.tensor.is_inference() and self.tensor._version != self.version
+    def change(self, versions: bool) -> str | None:
+        now, place = self.tensor, self.place
+        if (
+            all(map(operator.is_, _attributes_of(now), self.attributes))
+            and not (self.is_bare and now.__dict__)
+            # Of other layouts torch tells nothing but that it wrote to them.
+            and (version_of(now) == self.version or not (versions or place is None))
+            and (place is None or _place(now) == place)
+            and (place is None or self.copy is None or torch.equal(bits(now), bits(self.copy)))
+        ):
+            return None
+        return ""
 
     def restore(self) -> None:
-        if not self.differs():
-            return
-        self.tensor.data = self.data
-        if self.geometry is not None:
-            self.tensor.data = self.data.as_strided(*self.geometry[:2])
-        self.tensor.data.copy_(self.copy)
-        self.tensor.requires_grad_(self.requires_grad)
-        self.tensor.grad = self.grad
-        if self.hooks is not None:
-            self.hooks.clear()
-            self.hooks.update(self.hooked)
-        self.tensor._backward_hooks = self.hooks
+        if self.data is not None and self.copy is not None:
+            self.tensor.data = self.data
+            self.tensor.data.copy_(self.copy)
+        if self.is_bare:
+            self.tensor.__dict__.clear()
+        for name, before in zip(_ATTRIBUTES, self.attributes, strict=True):
+            if getattr(self.tensor, name) is not before:
+                setattr(self.tensor, name, before)
 
 
-def _refill(container: Any, before: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(before)
-    else:
-        container.update(before)
+def _is_dense(tensor: torch.Tensor) -> bool:
+    has_data = not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return has_data and is_plain
 
 
-def _changed(before: Any, now: Any) -> str | None:
-    """The first key whose entry is not the same object any more."""
-    if isinstance(now, set):
-        return None if now == before else ""
-    if isinstance(now, list):
-        same = len(now) == len(before) and all(map(operator.is_, now, before))
-        return None if same else ""
-    if list(now) == list(before) and all(map(operator.is_, before.values(), now.values())):
-        return None
-    union = {**before, **now}
-    changed = (k for k in union if before.get(k, _ABSENT) is not now.get(k, _ABSENT))
-    return next(map(str, changed), "")
+def _place(tensor: torch.Tensor) -> Any:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _geometry(tensor: torch.Tensor) -> Any:
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """What a tensor holds, bit for bit: NaN is itself, and zero is not minus zero."""
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds as bytes, so that NaN equals itself, and 0.0 is not -0.0."""
+    if tensor.is_meta:
+        return torch.empty(0)
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.flatten().contiguous().view(torch.uint8)

@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..module_utils.evolve import same_module
 from ..module_utils.tensors import named_tensors
+from ..module_utils.torch_private import pytree
 from .spec import Pattern
 from .values import Value
 

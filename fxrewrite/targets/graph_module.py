@@ -9,17 +9,8 @@ import torch
 from torch import fx, nn
 
 from ..ir.graph_view import GraphView
-from ..module_utils.hooks import HOOKS
+from ..module_utils.torch_private import HOOK_STATE, unsaved_buffers
 from ..module_utils.tree import parent_name
-
-# Beside the hooks themselves, how torch remembers that they want to be called.
-HOOK_STATE = (
-    *HOOKS,
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
 
 
 def graph_module(view: GraphView) -> fx.GraphModule:
@@ -97,6 +88,6 @@ def _put(holder: nn.Module, source: Any, name: str, value: Any, *, is_new: bool 
         setattr(holder, name, value)
         return
     # What is a buffer in the model, or new, is saved; a constant of the forward never was.
-    unsaved = getattr(source, "_non_persistent_buffers_set", ())
-    saved = is_new or (name in getattr(source, "_buffers", {}) and name not in unsaved)
+    is_buffer = isinstance(source, nn.Module) and name in source._buffers
+    saved = is_new or (is_buffer and name not in unsaved_buffers(source))
     holder.register_buffer(name, value, persistent=saved)

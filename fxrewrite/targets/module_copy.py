@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import NotCopiedError
-from .graph_module import HOOK_STATE
+from ..module_utils.torch_private import HOOK_STATE
 
 # copy.deepcopy() hands these on as they are, or they hold nothing that could matter here.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, range)

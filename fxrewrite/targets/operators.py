@@ -15,8 +15,9 @@ from ..errors import FxRewriteError
 from ..ir.describe import describe
 from ..ir.fake_values import known_values, renew
 from ..ir.graph_view import GraphView
+from ..module_utils.torch_private import HigherOrderOperator, OpOverload
 
-_OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+_OPERATORS = (OpOverload, HigherOrderOperator)
 
 
 def legalise(view: GraphView, own: Container[fx.Node], *, pre_dispatch: bool) -> None:

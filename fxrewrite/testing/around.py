@@ -10,6 +10,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from fxrewrite.module_utils.torch_private import HOOKS
 from fxrewrite.rules.declare import pattern_of
 from fxrewrite.rules.spec import Pattern, Step
 
@@ -184,4 +185,4 @@ def _reads_indices(step: Step) -> bool:
 
 
 def _has_hook(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return any(map(module.__dict__.get, HOOKS))

@@ -9,9 +9,9 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxrewrite.module_utils.state import Snapshot
+from fxrewrite.module_utils.torch_private import pytree
 
 
 class Record:
@@ -25,23 +25,8 @@ class Record:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._objects = self._look()
+        self._model, self._state = model, Snapshot({"": model})
         self._graph = str(getattr(model, "graph", ""))
-        tensors = [each for each in self._objects if isinstance(each[1], torch.Tensor)]
-        self._tensors = [
-            (name, t, t.detach().clone(), _version(t), t.requires_grad) for name, t in tensors
-        ]
-
-    def _look(self) -> list[tuple[str, Any]]:
-        found: list[tuple[str, Any]] = []
-        for name, module in self._model.named_modules(remove_duplicate=False):
-            found += [(name, module), (f"{name} type", type(module))]
-            for key, value in vars(module).items():
-                found.append((f"{name} {key}", value))
-                if isinstance(value, dict):
-                    found += [(f"{name} {key} {inner}", each) for inner, each in value.items()]
-        return found
 
     def change(self, *, versions: bool = True) -> str | None:
         """What is not as it was, by name, or None.
@@ -49,38 +34,13 @@ class Record:
         Args:
             versions: whether a tensor that was written to and put back counts as changed.
         """
-        now = self._look()
-        if [name for name, _ in now] != [name for name, _ in self._objects]:
-            names = {name for name, _ in now} ^ {name for name, _ in self._objects}
-            return min(names, default="the order of its attributes")
-        for (name, each), (_, before) in zip(now, self._objects, strict=True):
-            if each is not before:
-                return name.strip()
-        if str(getattr(self._model, "graph", "")) != self._graph:
-            return "its graph"
-        for name, tensor, before, version, requires_grad in self._tensors:
-            same_version = _version(tensor) == version or not versions
-            same_kind = tensor.requires_grad == requires_grad and tensor.dtype == before.dtype
-            if not (same_version and same_kind and torch.equal(bits(tensor), bits(before))):
-                return f"{name}, a tensor"
-        return None
+        graph = "its graph" if str(getattr(self._model, "graph", "")) != self._graph else None
+        return self._state.difference(versions=versions) or graph
 
     def assert_unchanged(self, *, versions: bool = True) -> None:
         """Raise AssertionError, naming what changed, unless all is as it was."""
         change = self.change(versions=versions)
         assert change is None, f"changed: {change}"
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """What a tensor holds as bytes, so that NaN equals itself, and 0.0 is not -0.0."""
-    if tensor.is_meta:
-        return torch.empty(0)
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.contiguous().flatten().view(torch.uint8)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @attrs.frozen

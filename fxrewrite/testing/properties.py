@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.dialects.lifting import any_is
@@ -20,6 +19,8 @@ from fxrewrite.errors import FxRewriteError, NotCopiedError, TraceError
 from fxrewrite.explain.report import Report
 from fxrewrite.ir.describe import name_of
 from fxrewrite.ir.graph_view import GraphView
+from fxrewrite.module_utils.state import bits
+from fxrewrite.module_utils.torch_private import pytree
 from fxrewrite.pipeline.rule_lists import leaf_types, rules_of, wanted_types
 from fxrewrite.rules.registry import Rules, resolve
 from fxrewrite.rules.rule import Rule
@@ -27,7 +28,7 @@ from fxrewrite.rules.spec import Pattern
 from fxrewrite.tracing.parts import Parts
 from fxrewrite.tracing.tracer import attempt
 
-from .observing import Record, Run, bits, difference, relative_error, run
+from .observing import Record, Run, difference, relative_error, run
 from .written import Case, code_of
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxrewrite.module_utils.hooks import has_hooks
+from fxrewrite.module_utils.torch_private import OpOverload, OpOverloadPacket
 
 _count = itertools.count()
 _NAMESPACE = {"torch": torch, "nn": nn, "F": F, "operator": operator}
@@ -105,7 +106,7 @@ def spelling(function: Any) -> tuple[str, dict[str, Any]]:
     for prefix, module in (("torch", torch), ("F", F), ("operator", operator)):
         if getattr(module, name, None) is function:
             return f"{prefix}.{name}", {}
-    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(function, OpOverload | OpOverloadPacket):
         return f"torch.ops.{str(function).replace('::', '.')}", {}
     return name, {name: function}
 

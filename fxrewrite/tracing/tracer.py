@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from ..errors import TraceError
 from ..module_utils.hooks import has_hooks
-from ..module_utils.state import ModelState
+from ..module_utils.state import Snapshot
+from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from ..module_utils.tree import parent_name
 from .assumptions import Assumption
 from .error_recovery import tolerant
@@ -23,9 +24,6 @@ from .stops import Stop, stop
 from .thread_guard import watched
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
-
-# How FX names the tensors and objects that it finds in a forward and keeps on the model.
-_CONSTANTS = ("_tensor_constant", "_torchbind_obj")
 
 # While FX traces, it patches nn.Module for all threads.
 _tracing = threading.RLock()
@@ -202,7 +200,9 @@ def _traced(
     raised = tolerant(own, names)
     watched(own)
     watch = Watch(own, model, left_out)
-    before = ModelState(model, buffers=not own.proxy_buffer_attributes)
+    # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
+    skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
+    before = Snapshot({"": model}, skipped=skipped)
     known, graph = set(model.__dict__), None
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
@@ -212,7 +212,7 @@ def _traced(
             raised[""] = error
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
-        constants = {name: each for name, each in found.items() if name.startswith(_CONSTANTS)}
+        constants = {name: each for name, each in found.items() if name.startswith(FX_CONSTANTS)}
         for name in constants:
             del model.__dict__[name]
         changed = before.restore()
@@ -272,7 +272,7 @@ def _with_leaves(
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is what torch.jit or torch.compile made of another."""
-    return isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules
+    return isinstance(module, torch.jit.ScriptModule) or is_torch_compiled(module)
 
 
 def _not_there(model: nn.Module) -> str | None:
