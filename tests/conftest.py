@@ -4,6 +4,8 @@
 red run is about the change at hand. `pytest --hypothesis-profile=long` looks for new cases.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,3 +22,9 @@ settings.load_profile("ci")
 def _seed() -> None:
     """What a test draws from torch's global generator is the same in every run and order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["graph", "modules"])
+def into(request: pytest.FixtureRequest) -> Any:
+    """A test of what a rewrite gives is done with either."""
+    return request.param

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import Forward
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,17 +17,6 @@ LinearRelu = fxr.chain(linear=nn.Linear, relu=nn.ReLU)
 Relu = fxr.chain(relu=nn.ReLU)
 Add = fxr.chain(relu=nn.ReLU, add=fxr.call(torch.add))
 X = torch.linspace(-2, 2, 12).view(4, 3)
-
-
-class Model(nn.Module):
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.calls = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.calls(self, x)
 
 
 def rule(pattern, build, **kwargs):
@@ -84,18 +74,18 @@ def test_the_result_of_a_rewrite_keeps_the_name_when_it_is_rewritten_again():
 
 
 def test_sites_that_share_a_module_and_its_partner_share_one_new_module():
-    model = Model(lambda m, x: m.r(m.a(m.r(m.a(x)))), a=nn.Linear(3, 3), r=nn.ReLU())
+    model = Forward(lambda m, x: m.r(m.a(m.r(m.a(x)))), a=nn.Linear(3, 3), r=nn.ReLU())
     assert names(rewritten(model, rule(LinearRelu, in_one), applied=2)) == ["a_1"]
 
 
 def test_sites_that_share_a_module_with_different_partners_do_not():
-    model = Model(lambda m, x: m.s(m.a(m.r(m.a(x)))), a=nn.Linear(3, 3), r=nn.ReLU(), s=nn.ReLU())
+    model = Forward(lambda m, x: m.s(m.a(m.r(m.a(x)))), a=nn.Linear(3, 3), r=nn.ReLU(), s=nn.ReLU())
     result = rewritten(model, rule(LinearRelu, in_one), applied=2)
     assert len(names(result)) == 2
 
 
 def test_a_module_that_others_use_stays_and_the_new_one_gets_a_fresh_name():
-    model = Model(lambda m, x: m.r(m.a(x)) + m.a(x), a=nn.Linear(3, 3), r=nn.ReLU())
+    model = Forward(lambda m, x: m.r(m.a(x)) + m.a(x), a=nn.Linear(3, 3), r=nn.ReLU())
     result = rewritten(model, rule(LinearRelu, in_one), applied=1)
     assert sorted(names(result)) == ["a", "a_1"]
     assert result.a is model.a
@@ -113,7 +103,7 @@ def test_a_fresh_name_is_one_that_the_model_does_not_have(kind):
     def forward(m, x):
         return m.r(m.a(x)) + m.a(x) + (m.a_1 if kind == "parameter" else 0)
 
-    model = Model(forward, a=nn.Linear(3, 3), r=nn.ReLU(), a_1=TAKEN[kind])
+    model = Forward(forward, a=nn.Linear(3, 3), r=nn.ReLU(), a_1=TAKEN[kind])
     result = rewritten(model, rule(LinearRelu, in_one), applied=1)
     assert result.a_2[0] is model.a
 
@@ -139,7 +129,7 @@ class Meta(nn.ReLU):
 
 @pytest.mark.parametrize("kind", [nn.ReLU, Lambda, Graph, Code, Meta])
 def test_where_no_module_stood_the_new_one_is_named_after_its_class(kind):
-    model = Model(lambda m, x: torch.relu(x))
+    model = Forward(lambda m, x: torch.relu(x))
     result = rewritten(model, rule(Function, lambda m: fxr.Replace(kind())), applied=1)
     (name,) = names(result)
     assert name.startswith(kind.__name__.lower())
@@ -176,18 +166,18 @@ class Negated(nn.Module):
 
 
 def test_a_child_of_a_replaced_block_that_is_also_called_by_itself_is_left_to_that_call():
-    model = Model(lambda m, x: m.a(x) + m.a.lin(x), a=Block())
+    model = Forward(lambda m, x: m.a(x) + m.a.lin(x), a=Block())
     rewritten(model, rule(fxr.chain(b=Block), lambda m: fxr.Replace(Negated(m.b))), applied=1)
 
 
 def test_a_block_may_become_its_child_and_no_module_of_the_model_changes():
-    model = Model(lambda m, x: m.a(x) + m.a.other(x), a=Block())
+    model = Forward(lambda m, x: m.a(x) + m.a.other(x), a=Block())
     rewritten(model, rule(fxr.chain(b=Block), lambda m: fxr.Replace(m.b.lin)), applied=1)
     assert list(model.a.lin.named_children()) == []
 
 
 def test_a_module_kept_whole_does_not_get_a_new_module_inside():
-    model = Model(lambda m, x: m.a(x) + m.r(m.a.lin(x)), a=Block(), r=nn.ReLU()).eval()
+    model = Forward(lambda m, x: m.a(x) + m.r(m.a.lin(x)), a=Block(), r=nn.ReLU()).eval()
     result, _ = fxr.Rewriter(rule(LinearRelu, in_one), leaf_modules=["a"]).rewrite(
         model, expect={"r": 1}
     )
@@ -197,7 +187,7 @@ def test_a_module_kept_whole_does_not_get_a_new_module_inside():
 
 
 def test_new_modules_take_the_mode_of_the_chain_and_others_keep_theirs():
-    model = Model(lambda m, x: m.r(x) + m.frozen(x), r=nn.ReLU(), frozen=nn.ReLU6())
+    model = Forward(lambda m, x: m.r(x) + m.frozen(x), r=nn.ReLU(), frozen=nn.ReLU6())
     model.train()
     model.frozen.eval()
     new = nn.Sequential(model.frozen, nn.Identity()).eval()
@@ -245,7 +235,7 @@ def test_a_write_between_the_ends_of_a_chain_does_not_change_what_is_computed(wr
 
 def test_call_traces_its_function_with_constants_closures_and_options():
     closed, given = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 1.0, 0.5])
-    model = Model(lambda m, x: m.r(x) * 2, r=nn.ReLU())
+    model = Forward(lambda m, x: m.r(x) * 2, r=nn.ReLU())
 
     def spelt(x, constant, *, slope):
         return F.leaky_relu(x * closed + constant, slope)
@@ -285,7 +275,7 @@ def test_a_captured_call_can_be_returned_as_it_is(spelling):
         "relu": lambda m, x: m.d(x).relu(),
         nn.ReLU: lambda m, x: m.r(m.d(x)),
     }
-    model = Model(spelt[spelling], d=nn.Dropout(), r=nn.ReLU())
+    model = Forward(spelt[spelling], d=nn.Dropout(), r=nn.ReLU())
     pattern = fxr.chain(drop=nn.Dropout, call=fxr.call(spelling))
     rewritten(model, rule(pattern, lambda m: m.call), applied=1)
 
@@ -295,7 +285,7 @@ def test_a_captured_call_can_not_be_given_other_arguments():
         m.call.kwargs["negative_slope"] = 0.5
         return m.call
 
-    model = Model(lambda m, x: F.leaky_relu(m.d(x), 0.1), d=nn.Dropout()).eval()
+    model = Forward(lambda m, x: F.leaky_relu(m.d(x), 0.1), d=nn.Dropout()).eval()
     pattern = fxr.chain(drop=nn.Dropout, call=fxr.call(F.leaky_relu))
     with pytest.raises(fxr.errors.RuleError, match="does not support item assignment"):
         fxr.rewrite(model, rule(pattern, steeper))

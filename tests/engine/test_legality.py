@@ -9,16 +9,11 @@ import checks
 import nets
 import pytest
 import torch
-from nets import Forward, X, bn, conv
+from nets import Forward, X, bn, conv, conv_bn
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxrewrite as fxr
-
-
-def conv_bn(**more: Any) -> Forward:
-    """A model that is one convolution and one batch norm."""
-    return Forward(lambda m, x: m.bn(m.conv(x)), **{"conv": conv(), "bn": bn(), **more})
 
 
 class SameConv(nn.Conv2d):

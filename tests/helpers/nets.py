@@ -82,6 +82,11 @@ def bn() -> nn.BatchNorm2d:
     return nn.BatchNorm2d(4)
 
 
+def conv_bn(forward: Any = lambda m, x: m.bn(m.conv(x)), **members: Any) -> Forward:
+    """A convolution and a batch norm, called one after the other unless told otherwise."""
+    return Forward(forward, **{"conv": conv(), "bn": bn(), **members})
+
+
 X = random_input((2, 4, 5, 5))
 
 
@@ -89,6 +94,45 @@ def chain_of_blocks(count: int) -> fx.GraphModule:
     """A graph module of that many conv -> bn -> relu."""
     blocks = [layer for _ in range(count) for layer in (conv(), bn(), nn.ReLU())]
     return fx.symbolic_trace(randomise(nn.Sequential(*blocks)))
+
+
+class Tied(nn.Module):
+    """Batch norms that are folded, one that stays, tied weights, and what no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(), bn(), nn.GELU())
+        self.conv = nn.Conv2d(4, 4, 1, bias=False)
+        self.norm, self.stays = bn(), bn()
+        self.head, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.head.weight
+        self.register_buffer("scale", torch.full((4,), 0.5), persistent=False)
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stays(self.norm(self.conv(self.stem(x))).tanh())
+        x = x.mean((2, 3)) * self.scale + self.offset + torch.tensor(0.25)
+        return self.tied(self.head(x))
+
+
+def tied() -> nn.Module:
+    """Such a model in float32, with a buffer that is not what it was built with."""
+    net = randomise(Tied())
+    net.offset.fill_(3.0)
+    return net.float()
+
+
+class Attention(nn.Module):
+    """One head, in whose forward three layers read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
+        self.v, self.out = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), -1)
+        return self.out(weights @ self.v(x))
 
 
 # What follows is for random models. All values have one shape, so any step may follow any other.

@@ -227,7 +227,7 @@ def _fx_constants(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert fxr.plan(Adding(), "conv_bn").stops == ()
     monkeypatch.setattr("fxrewrite.tracing.tracer.FX_CONSTANTS", ("_by_another_name",))
-    with pytest.raises(fxr.TraceError, match="its forward changes _tensor_constant0"):
+    with pytest.raises(fxr.errors.TraceError, match="its forward changes _tensor_constant0"):
         fxr.rewrite(Adding(), "conv_bn", into="graph")
 
 

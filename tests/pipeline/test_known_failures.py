@@ -10,16 +10,11 @@ import checks
 import nets
 import pytest
 import torch
-from nets import Forward, X, bn, conv
+from nets import Forward, X, bn, conv, conv_bn
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
 import fxrewrite as fxr
-
-
-def conv_bn(**more: Any) -> Forward:
-    """A model that is one convolution and one batch norm."""
-    return Forward(lambda m, x: m.bn(m.conv(x)), **{"conv": conv(), "bn": bn(), **more})
 
 
 def convolutions(module: nn.Module) -> list[str]:

@@ -1,36 +1,17 @@
-"""What the command line builds, draws at random and times, before and after it rewrites."""
+"""Random inputs and statistics of batch norms, under which an error of a rewrite would show."""
 
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import nets
 import pytest
 import torch
 from torch import nn
 
-from fxrewrite.cli.loading import build_model
 from fxrewrite.cli.randomising import random_input, randomise_batch_norms
-from fxrewrite.cli.timing import time_in_turns
 from fxrewrite.errors import LoadError
 from fxrewrite.module_utils.running import run
-
-
-def test_a_model_instance_is_taken_as_it_is(tmp_path: Path) -> None:
-    """What the spec names may be a model already; it is put into eval mode."""
-    (tmp_path / "made.py").write_text("from torch import nn\ninstance = nn.Linear(2, 1)")
-    model = build_model(f"{tmp_path}/made.py:instance")
-    assert isinstance(model, nn.Linear)
-    assert not model.training
-
-
-def test_a_file_may_be_named_like_a_module(tmp_path: Path) -> None:
-    """A file called `torch.py` is run, and does not take torch's place."""
-    (tmp_path / "torch.py").write_text("from torch.nn import Identity")
-    assert isinstance(build_model(f"{tmp_path}/torch.py:Identity"), nn.Identity)
-    assert sys.modules["torch"] is torch
 
 
 def test_random_inputs_fit_the_model() -> None:
@@ -87,12 +68,3 @@ def test_batch_norms_that_the_run_misses_are_randomised_too() -> None:
     model = nn.ModuleDict({"unused": nn.BatchNorm2d(4)})
     assert randomise_batch_norms(model, (torch.ones(1),)) == 1
     assert model["unused"].running_mean.any()
-
-
-def test_both_models_are_timed_in_turns() -> None:
-    """After the warm-up each round times both, and who is first changes from round to round."""
-    calls: list[str] = []
-    models = [nets.Forward(lambda _, x, name=name: calls.append(name)) for name in "ab"]
-    timing = time_in_turns(models[0], models[1], torch.ones(1), seconds=0)
-    assert len(timing.original) == len(timing.rewritten) == 5
-    assert "".join(calls[-10:]) == "abbaabbaab"
