@@ -11,17 +11,17 @@ import torch
 from checks import Record, largest_error, outputs
 from fxrewrite.patterns import backward, reparam
 from fxrewrite.patterns.affine import reading_scaled
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
 import fxrewrite as fxr
 
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-SIDE = 9
+SIDE = 7  # as long as a kernel of 4 with a dilation of 2
 
 
-def rewritten(model: nn.Module, rules: Any, x: torch.Tensor) -> fxr.Report:
+def rewritten(model: nn.Module, x: torch.Tensor, rules: Any) -> fxr.Report:
     """The report of a rewrite that leaves the model alone and gives what it gave."""
     expected, before = outputs(copy.deepcopy(model), x), Record(model)
     made, report = fxr.rewrite(model, rules, x)
@@ -37,7 +37,7 @@ def norm_before(layer: Any) -> tuple[nn.Module, torch.Tensor]:
     return model.double(), nets.random_input((2, layer.in_channels, *[SIDE] * rank))
 
 
-ranks, groups, per_group = st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)
+ranks, groups, per_group = st.sampled_from([1, 1, 2, 3]), st.integers(1, 3), st.integers(1, 3)
 
 
 @st.composite
@@ -78,16 +78,14 @@ def transposed_convolutions(draw: Any) -> nn.Module:
     )
 
 
-@settings(max_examples=60)
 @given(convolutions())
 @example(nn.Conv2d(4, 6, 2, padding="same"))
 @example(nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2))
 def test_a_norm_before_a_convolution(layer: nn.Module) -> None:
     """A fold keeps what the kernel sees at the border, where padding of any kind is."""
-    rewritten(*_with(backward.fold_norm_before, *norm_before(layer)))
+    rewritten(*norm_before(layer), backward.fold_norm_before)
 
 
-@settings(max_examples=60)
 @given(transposed_convolutions())
 @example(nn.ConvTranspose2d(4, 6, 1, groups=2))
 @example(nn.ConvTranspose1d(4, 6, 1, dilation=2, output_padding=1))
@@ -96,11 +94,7 @@ def test_a_norm_before_a_transposed_convolution(layer: nn.Module) -> None:
     """A fold keeps outputs that see no input, and tells the groups apart."""
     model, x = norm_before(layer)
     assume(_runs(model, x))
-    rewritten(*_with(backward.fold_norm_before, model, x))
-
-
-def _with(rules: Any, model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Any, torch.Tensor]:
-    return model, rules, x
+    rewritten(model, x, backward.fold_norm_before)
 
 
 def _runs(model: nn.Module, x: torch.Tensor) -> bool:
@@ -123,7 +117,7 @@ def _runs(model: nn.Module, x: torch.Tensor) -> bool:
 )
 def test_a_norm_before_a_layer_without_a_border_folds(layer: nn.Module) -> None:
     """Where each output sees a whole kernel of inputs, the fold is made."""
-    assert len(rewritten(*_with(backward.fold_norm_before, *norm_before(layer))).applied) == 1
+    assert len(rewritten(*norm_before(layer), backward.fold_norm_before).applied) == 1
 
 
 @given(ranks, groups, per_group, per_group, st.booleans(), st.booleans())
@@ -164,6 +158,6 @@ def test_three_layers_that_are_added_and_subtracted(
         nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
     ]
     model = nets.Forward(signed(first, second, swap), **dict(zip(names, layers, strict=True)))
-    report = rewritten(model.double(), reparam.reparam, nets.X)
+    report = rewritten(model.double(), nets.X, reparam.reparam)
     if first == second == "+":
         assert len(report.applied) == (1 if "c" == names[0] else 2)
