@@ -12,6 +12,7 @@ from torch import nn
 
 from fxrewrite.module_utils.state import Snapshot
 from fxrewrite.module_utils.torch_private import pytree
+from fxrewrite.verification import compare
 
 
 class Record:
@@ -86,45 +87,7 @@ def difference(
     """
     before, after = ({name: run.state[name] for name in state} for run in (expected, found))
     return (
-        _apart("output", expected.output, found.output, tolerance)
-        or _apart("argument", expected.arguments, found.arguments, tolerance)
-        or _apart("state", before, after, tolerance)
+        compare.difference(expected.output, found.output, tolerance)
+        or compare.difference(expected.arguments, found.arguments, tolerance, "argument")
+        or compare.difference(before, after, tolerance, "state")
     )
-
-
-def _apart(what: str, expected: Any, found: Any, tolerance: float) -> str | None:
-    wanted, structure = pytree.tree_flatten(expected)
-    given, other = pytree.tree_flatten(found)
-    if structure != other:
-        return f"{what}s are nested otherwise: {structure} became {other}"
-    for i, (a, b) in enumerate(zip(wanted, given, strict=True)):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            if type(a) is not type(b) or a != b:
-                return f"{what} {i} is {b!r}, not {a!r}"
-            continue
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return (
-                f"{what} {i} is a tensor {tuple(b.shape)} of {b.dtype}, "
-                f"not {tuple(a.shape)} of {a.dtype}"
-            )
-        error = relative_error(a, b)
-        if not error <= tolerance:
-            return f"{what} {i} is off by {error:.1e} of its largest value, allowed {tolerance:.0e}"
-    return None
-
-
-def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest difference of any element, relative to the largest magnitude expected.
-
-    It is infinite where the two are not NaN, or infinite, at the same places.
-    """
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = expected.detach().to(wide), found.detach().to(wide)
-    usual = torch.isfinite(a)
-    if not torch.equal(usual, torch.isfinite(b)):
-        return float("inf")
-    if not torch.equal(a[~usual].nan_to_num(), b[~usual].nan_to_num()):
-        return float("inf")
-    a, b = a[usual], b[usual]
-    largest = a.abs().max().item() if a.numel() else 0.0
-    return ((a - b).abs().max().item() if a.numel() else 0.0) / (largest or 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -27,8 +28,9 @@ from fxrewrite.rules.rule import Rule
 from fxrewrite.rules.spec import Pattern
 from fxrewrite.tracing.parts import Parts
 from fxrewrite.tracing.tracer import attempt
+from fxrewrite.verification.compare import is_inexact, relative_error
 
-from .observing import Record, Run, difference, relative_error, run
+from .observing import Record, Run, difference, run
 from .written import Case, code_of
 
 
@@ -210,9 +212,9 @@ def _rounding(case: Case, expected: Run) -> float:
     errors = [
         relative_error(a, b)
         for a, b in outputs
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+        if is_inexact(a) and is_inexact(b) and a.shape == b.shape
     ]
-    largest = max(errors, default=0.0)
+    largest = max(filter(math.isfinite, errors), default=0.0)
     if not wide:
         return 8 * largest
     return 1e-6 * largest if largest < 1 else 0.0

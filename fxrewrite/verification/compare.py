@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import attrs
 import torch
 
-from ..module_utils.nested import Container
+from ..module_utils.nested import Container, flatten
 from ..module_utils.running import Run, short, widened
 
 # A rewrite may round otherwise than its original, and a few times as much. How much the original
@@ -114,6 +114,32 @@ def pairs(original: Run, rewritten: Run) -> Iterator[tuple[str, Any, Any]]:
         if not is_output and (untouched or name not in ours or name not in theirs):
             continue
         yield name, ours.get(name), theirs.get(name)
+
+
+def difference(expected: Any, found: Any, rtol: float, path: str = "output") -> str | None:
+    """How two values differ by more than rounding, in words, or None, however they are nested.
+
+    Args:
+        expected: what there should be.
+        found: what there is.
+        rtol: the largest error of an element allowed, relative to its tensor's largest; all else
+            that `check` looks at must be equal.
+        path: what the values are called.
+    """
+    ours, theirs = dict(flatten(expected, path)), dict(flatten(found, path))
+    for name in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            said = mismatch(a, b)
+        else:
+            checked = check(name, a, b, None, rtol, 0.0)
+            said = checked.mismatch
+            if not checked.same and not said:
+                off = f"{checked.error:.1e} of its largest value"
+                said = f"is off by {off}, allowed {rtol:.0e}"
+        if said:
+            return f"{name} {said}"
+    return None
 
 
 def mismatch(a: Any, b: Any) -> str:

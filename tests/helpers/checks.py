@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from torch import fx, nn
 
 import fxrewrite as fxr
+from fxrewrite.testing import Record
+from fxrewrite.verification.compare import check
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -24,49 +27,15 @@ def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [made] if isinstance(made, torch.Tensor) else list(made)
 
 
-class Record:
-    """All there is to a model: module tree, attributes, hooks, modes, tensors bit for bit."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._objects = self._look()
-        self._graph = str(getattr(model, "graph", ""))
-        tensors = [each for _, each in self._objects if isinstance(each, torch.Tensor)]
-        self._tensors = [(t, t.detach().clone(), t._version, t.requires_grad) for t in tensors]
-
-    def _look(self) -> list[tuple[str, Any]]:
-        found: list[tuple[str, Any]] = []
-        for name, module in self._model.named_modules(remove_duplicate=False):
-            found += [(name, module), (f"{name} type", type(module))]
-            for key, value in vars(module).items():
-                found.append((f"{name} {key}", value))
-                if isinstance(value, dict):
-                    found += [(f"{name} {key} {inner}", each) for inner, each in value.items()]
-        return found
-
-    def assert_unchanged(self, *, versions: bool = True) -> None:
-        now = self._look()
-        assert [name for name, _ in now] == [name for name, _ in self._objects]
-        for (name, each), (_, before) in zip(now, self._objects, strict=True):
-            assert each is before, name
-        assert str(getattr(self._model, "graph", "")) == self._graph
-        for tensor, before, version, requires_grad in self._tensors:
-            assert tensor._version == version or not versions
-            assert tensor.requires_grad == requires_grad
-            assert tensor.dtype == before.dtype
-            assert torch.equal(_bits(tensor), _bits(before))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """So that NaN equals itself, and 0.0 is not -0.0."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-
 def largest_error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """The largest difference of any element, relative to the largest magnitude expected."""
-    largest = max(each.abs().max().item() for each in expected)
+    """The largest error of any tensor, each relative to its own largest magnitude.
+
+    It is infinite where two tensors differ in more than their finite numbers: in shape, dtype,
+    or in the places of NaN and infinities.
+    """
     pairs = zip(expected, found, strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs) / (largest or 1.0)
+    checked = [check("", a, b, None, 0.0, 0.0) for a, b in pairs]
+    return max(math.inf if each.mismatch else each.difference for each in checked)
 
 
 def folded(model: nn.Module, x: torch.Tensor, applied: int) -> tuple[fx.GraphModule, fxr.Report]:

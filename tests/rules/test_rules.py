@@ -32,7 +32,7 @@ def test_a_bare_decorator_takes_name_pattern_and_doc_from_the_function():
         return fxr.Bypass()
 
     assert (drop_relu.name, drop_relu.pattern.cls, drop_relu.doc) == ("drop_relu", Relu, "Drop it.")
-    assert (drop_relu.guards, drop_relu.any_mode, drop_relu.pure) == ((), False, False)
+    assert (drop_relu.guards, drop_relu.any_mode) == ((), False)
     assert isinstance(drop_relu(Relu(relu=nn.ReLU())), fxr.Bypass)
     path, _, line = drop_relu.source.rpartition(":")
     assert path.endswith("test_rules.py")
@@ -43,14 +43,12 @@ def test_a_decorator_with_arguments_overrides_what_the_function_says():
     def guard(m):
         return None
 
-    @fxr.rule(
-        where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True, pure=True
-    )
+    @fxr.rule(where=(each for each in [guard]), pattern=Tanh, name="other", any_mode=True)
     def drop(m: Relu):
         return fxr.Bypass()
 
     assert (drop.name, drop.pattern.cls, drop.guards) == ("other", Tanh, (guard,))
-    assert (drop.any_mode, drop.pure) == (True, True)
+    assert drop.any_mode
     assert fxr.rule()(drop.build).pattern.cls is Relu
 
 
