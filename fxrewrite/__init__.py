@@ -19,10 +19,10 @@ from .module_utils.subclassing import Family
 from .rules.actions import Bypass, Call, Replace, Revise, Split
 from .rules.declare import call, chain, pattern, pattern_of, siblings
 from .rules.declare_rule import rule
-from .rules.guards import Declined, known_rank, known_shape
-from .rules.registry import get_rule_set, register, rule_set_names
-from .rules.rule import Rule, RuleSet
-from .rules.values import Siblings, Value
+from .rules.guards import known_rank, known_shape
+from .rules.registry import RuleSet, get_rule_set, register, rule_set_names
+from .rules.rule import Rule
+from .rules.values import Declined, Siblings, Value
 from .verification import verify
 
 __version__ = version("fxrewrite")

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import LoadError
 from ..explain.report import Report
+from ..module_utils.names import parent_name
 from ..module_utils.torch_private import pytree
-from ..module_utils.tree import parent_name
 from ..pipeline.rewriting import Options, rewrite
 
 _DIFFERENCES_SHOWN = 5

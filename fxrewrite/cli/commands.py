@@ -21,8 +21,7 @@ from ..cli import DONE, NOTHING_MATCHED, OUTPUTS_DIFFER
 from ..errors import FxRewriteError, TraceError, UnknownRuleSetError
 from ..explain.report import Report
 from ..module_utils.running import SEED, run_original, short
-from ..rules.registry import get_rule_set, rule_set_names
-from ..rules.rule import RuleSet
+from ..rules.registry import RuleSet, get_rule_set, rule_set_names
 from ..verification.verify import verify
 from .explain import explain_command
 from .loading import build_model, load_weights

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..checkpoint.load import read_state
 from ..errors import LoadError
+from ..module_utils.names import fresh_name
 from ..module_utils.running import SEED
-from ..module_utils.tree import fresh_name
 
 
 def build_model(spec: str) -> nn.Module:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
-from ..rules.registry import get_rule_set
-from ..rules.rule import RuleSet
+from ..rules.registry import RuleSet, get_rule_set
 from ..verification.verify import Progress
 
 Model = Annotated[

@@ -17,8 +17,7 @@ from ..errors import InputError, LoadError, TraceError
 from ..module_utils.nested import mapped
 from ..module_utils.running import run, short, widened
 from ..pipeline.rewriting import Into
-from ..rules.registry import get_rule_set
-from ..rules.rule import RuleSet
+from ..rules.registry import RuleSet, get_rule_set
 from ..verification.verify import Verification, verify
 from .randomising import BatchNorm, randomise_batch_norms, randomise_constants
 from .sweep_models import Subject, build, inputs_to_try

@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
+from ..module_utils.names import parent_name
 from ..module_utils.torch_private import pytree
-from ..module_utils.tree import parent_name
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 from .op_table import SPELLINGS, Spelling

@@ -16,8 +16,8 @@ from ..ir.describe import PROVENANCE
 from ..ir.fake_values import renew
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
+from ..module_utils.names import parent_name
 from ..module_utils.torch_private import OpOverload, is_erased
-from ..module_utils.tree import parent_name
 from .lifting import TRANSPOSES, Lifted, Lifting
 from .op_table import SPELLINGS, Spelling
 from .semantics import Transposed

@@ -15,8 +15,8 @@ from ..ir.graph_view import GraphView
 from ..ir.inplace_activations import make_out_of_place
 from ..module_utils.parametrization import is_parametrized
 from ..rules.actions import Action
-from ..rules.guards import Declined
 from ..rules.rule import Rule
+from ..rules.values import Declined
 from .alias_checks import alias_refusal
 from .editing import Edit, NewCall, commit, discard, prepare
 from .evaluation import evaluate, failure

@@ -11,8 +11,8 @@ from torch import fx
 from ..ir.describe import name_of
 from ..ir.graph_view import GraphView
 from ..module_utils.torch_private import is_erased
-from ..rules.guards import Declined
 from ..rules.rule import Rule
+from ..rules.values import Declined
 from .applying import Applied, SiteRewriter
 from .evaluation import failure
 from .match import Alone, Miss, Site
@@ -29,11 +29,7 @@ _CALLS = ("call_module", "call_function", "call_method")
 class Driver:
     """Applies rules to a graph; `run` does it and returns what became of each anchor.
 
-    Args:
-        view: the graph, which is edited in place.
-        rules: at each anchor the earlier ones are tried first.
-        target: where the result goes.
-        limit: how many sites to rewrite at the most.
+    At each anchor the earlier rules are tried first. At most `limit` sites are rewritten.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ from ..module_utils.state import Snapshot
 from ..module_utils.tensors import is_finite, named_tensors
 from ..module_utils.torch_private import pytree
 from ..rules.actions import Action, Call, Split
-from ..rules.guards import Declined
 from ..rules.rule import Rule
+from ..rules.values import Declined
 from .bindings import Shown, capture, capture_elsewhere
 from .match import Site
 
@@ -29,15 +29,10 @@ def evaluate(
     *,
     exactly: bool = True,
 ) -> Action | Declined:
-    """The action that a rule wants for a site, or why it declines.
+    """The action that a rule wants for a site, and `elsewhere` as well, or why it declines.
 
-    Args:
-        rule: the rule.
-        site: the site.
-        view: the graph that it is of.
-        elsewhere: what the chain is called on elsewhere, where the rule has to want the same.
-        exactly: whether to compare what the rule is given bit for bit afterwards, and not only by
-            identity and version; what it changed can then be put back, down to the numbers.
+    What it is given is compared afterwards: bit for bit if `exactly`, and else by identity and
+    version, by which numbers that were overwritten can't be put back.
 
     Raises:
         RuleError: a guard or the rule raised, changed what it was given, or returned something
@@ -77,14 +72,15 @@ def _watched(rule: Rule[Any], site: Site, match: Any, *, exactly: bool) -> Actio
 def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | Declined:
     """The first reason of a guard, or else what the rule returns."""
     for guard in rule.guards:
+        name = getattr(guard, "__name__", None) or repr(guard)
         try:
             reason = guard(match)
         except Exception as error:
-            raise failure(rule, site, f"its guard {_name(guard)} raised {error!r}") from error
+            raise failure(rule, site, f"its guard {name} raised {error!r}") from error
         if isinstance(reason, str | Declined):
             return Declined(reason) if isinstance(reason, str) else reason
         if reason is not None:
-            what = f"its guard {_name(guard)} returned {reason!r}, not None or a reason"
+            what = f"its guard {name} returned {reason!r}, not None or a reason"
             raise failure(rule, site, what)
     try:
         action = rule.build(match)
@@ -105,10 +101,6 @@ def _undecided(shown: Shown | None, other: Action | Declined) -> str:
     if shown is None:
         return f"it may also be called on nobody knows what: {said}"
     return f"it is also called on a tensor of shape {tuple(shown[0])}: {said}"
-
-
-def _name(guard: Any) -> str:
-    return str(getattr(guard, "__name__", repr(guard)))
 
 
 def _given(match: Any) -> Iterator[Any]:

@@ -32,10 +32,12 @@ def refusal(site: Site, view: GraphView, *, any_mode: bool) -> str | None:
 
 def written_meanwhile(site: Site, place: fx.Node, view: GraphView) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
-    for write in view.writes_between(site.first, place):
-        if write not in site.nodes and view.touches(write, site.input):
-            return f"{describe(write, view)} writes in place to what the chain reads"
-    return None
+    write = view.write_between(site.first, place, [site.input], site.nodes)
+    return (
+        None
+        if write is None
+        else f"{describe(write, view)} writes in place to what the chain reads"
+    )
 
 
 def _other_reader(site: Site, view: GraphView) -> str | None:
@@ -136,7 +138,9 @@ def _hazard(site: Site, view: GraphView) -> str | None:
     reads = [side for link in site.links for side in link.side_inputs]
     if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
-    for write in view.writes_between(site.first, site.last) if reads else ():
-        if write not in nodes and any(view.touches(write, each) for each in reads):
-            return f"{describe(write, view)} writes in place to what the chain reads"
-    return None
+    write = view.write_between(site.first, site.last, reads, nodes) if reads else None
+    return (
+        None
+        if write is None
+        else f"{describe(write, view)} writes in place to what the chain reads"
+    )

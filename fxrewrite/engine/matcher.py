@@ -21,9 +21,8 @@ _FAR = 1000
 class Matcher:
     """Matches one pattern at one anchor; steps before it are sought upstream, the others down.
 
-    The anchor may be made to stand for another step than the pattern's own by `at`. A branch is
-    matched in the same way, by a matcher that starts `behind` it: from the node that joins it, with
-    the one argument by which it comes in.
+    The anchor may stand for another step than the pattern's own: the one `at` that index. A branch
+    is matched from `behind`: from the node that joins it, by the argument that it comes in by.
     """
 
     def __init__(
@@ -35,12 +34,9 @@ class Matcher:
         branch: str = "",
         behind: tuple[fx.Node, tuple[str, fx.Node]] | None = None,
     ) -> None:
-        self.pattern = pattern
-        self.view = view
-        self.anchor = anchor
+        self.pattern, self.view, self.anchor = pattern, view, anchor
         self.at = pattern.anchor if at is None else at
-        self.branch = branch
-        self.behind = behind
+        self.branch, self.behind = branch, behind
         self.miss: Miss | None = None
 
     def match(self) -> Site | Miss:

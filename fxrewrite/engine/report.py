@@ -16,6 +16,9 @@ Outcome = Literal["applied", "refused", "missed"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
 
 
+_IN_WORDS = ("cause", "others")
+
+
 @attrs.frozen(eq=False)
 class Finding:
     """What became of one anchor, a node or module of the kind that a rule looks for first.
@@ -68,14 +71,6 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain data."""
-        return {
-            "anchor": self.anchor,
-            "outcome": self.outcome,
-            "rule": self.rule,
-            "steps": [list(step) for step in self.steps],
-            "nodes": list(self.nodes),
-            "became": self.became,
-            "notes": list(self.notes),
-            "reason": self.reason,
-            "others": [each.to_dict() for each in self.others],
-        }
+        told = attrs.asdict(self, filter=lambda field, _: field.name not in _IN_WORDS)
+        others = [each.to_dict() for each in self.others]
+        return {**told, "reason": self.reason, "others": others}

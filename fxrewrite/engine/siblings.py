@@ -13,9 +13,9 @@ from ..ir.describe import Seen, describe, name_of
 from ..ir.graph_view import GraphView
 from ..ir.strides import strides_observable
 from ..module_utils.parametrization import without_parametrizations
-from ..rules.guards import Declined
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
+from ..rules.values import Declined
 from .evaluation import failure
 from .legality import refusal
 from .match import Alone, Link, Site
@@ -77,7 +77,12 @@ def _fit(
         reason = _unfit(site.pattern, link, view, any_mode=any_mode)
         if reason is not None and link.node is anchor:
             return Declined(reason), {}
-        reason = reason or _written_between(site, link.node, anchor, view)
+        first, last = sorted((link.node, anchor))
+        if reason is None and (at := view.write_between(first, last, [site.input])) is not None:
+            reason = (
+                f"{describe(at, view)} writes in place to what siblings read, "
+                f"between {describe(first, view)} and {describe(last, view)}"
+            )
         if reason is None and id(link.module) in modules:
             reason = f"{describe(link.node, view)} is called twice on one value"
         if reason is None:
@@ -86,8 +91,8 @@ def _fit(
         else:
             left_out[link.node] = reason
     if len(kept) < 2:
-        first = next(iter(left_out.values()))
-        return Declined(f"it has no sibling that may change: {first}"), {}
+        why = next(iter(left_out.values()))
+        return Declined(f"it has no sibling that may change: {why}"), {}
     return _numbered(site.pattern, kept), left_out
 
 
@@ -110,14 +115,3 @@ def _unfit(pattern: Pattern, link: Link, view: GraphView, *, any_mode: bool) -> 
     if not is_fresh(link.node, view):
         return f"{describe(link.node, view)} may return what it was given"
     return strides_observable(link.node, view, link.step.dim, link.step.keeps_sizes)
-
-
-def _written_between(site: Site, one: fx.Node, other: fx.Node, view: GraphView) -> str | None:
-    """Why two siblings don't read the same, or None."""
-    for write in view.writes_between(min(one, other), max(one, other)):
-        if view.touches(write, site.input):
-            return (
-                f"{describe(write, view)} writes in place to what siblings read, "
-                f"between {describe(min(one, other), view)} and {describe(max(one, other), view)}"
-            )
-    return None

@@ -10,11 +10,7 @@ from .match import Site
 
 
 class Target:
-    """Where a rewrite goes. This one takes whatever a graph can say; others refuse some of it.
-
-    Finding and deciding don't know which it is. The engine edits its view either way; before it
-    commits, it asks the target whether the edit may land there.
-    """
+    """Where a rewrite goes. This one takes whatever a graph can say; others refuse some of it."""
 
     def refusal(self, site: Site, edit: Edit) -> str | None:
         """Why an edit that was prepared can't be had there, or None."""

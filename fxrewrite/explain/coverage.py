@@ -13,7 +13,7 @@ from ..engine.report import Finding
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
-from ..module_utils.tree import parent_name
+from ..module_utils.names import parent_name
 from ..rules.rule import Rule
 from ..tracing.stops import Stop
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
+from ..module_utils.names import parent_name
 from ..module_utils.torch_private import unsaved_buffers
-from ..module_utils.tree import parent_name
 
 How = Literal["same", "changed", "moved", "folded", "gone"]
 

@@ -16,8 +16,7 @@ from ..module_utils.hooks import PLAIN_TENSORS
 from ..module_utils.torch_private import disable_current_modes, is_static_input, version_of
 from ..pipeline.applying import apply
 from ..pipeline.rule_lists import apart
-from ..rules.registry import Rules, resolve
-from ..rules.rule import RuleSet
+from ..rules.registry import Rules, RuleSet, resolve
 from ..targets.graph_inputs import Input, as_inputs
 from ..targets.graph_module import graph_module
 from ..tracing.tracer import copy_of

@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from ..engine.target import Target
 from ..ir.graph_view import GraphView
+from ..module_utils.names import fresh_name
 from ..module_utils.torch_private import CustomGraphPass, disable_current_modes
-from ..module_utils.tree import fresh_name
 from ..pipeline.applying import apply
-from ..rules.rule import RuleSet
+from ..rules.registry import RuleSet
 from ..tracing.tracer import copy_of
 
 

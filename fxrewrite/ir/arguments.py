@@ -30,10 +30,6 @@ def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[st
 
     Torch's own functions, operators and methods share names: `a + b`, `torch.add(a, b)` and
     `a.add(b)` all give `input` and `other`.
-
-    Args:
-        node: a call of a module, function or method.
-        callee: the module's type, the function, or the method's name.
     """
     spelt = [node.args]
     if node.op == "call_method" and len(node.args) > 1:

@@ -20,10 +20,10 @@ def renew(view: Overlay, nodes: Iterable[fx.Node], mode: FakeTensorMode | None =
     """
     nodes = list(nodes)
     read = [each for node in nodes for each in (node, *node.all_input_nodes)]
-    mode = mode or _mode(*(each.meta["val"] for each in read if "val" in each.meta))
+    mode = mode or mode_of(*(each.meta["val"] for each in read if "val" in each.meta))
     for node in nodes if mode is not None else ():
         try:
-            value = _value(view, node, mode)  # type: ignore[arg-type]
+            value = value_on_fakes(view, node, mode)  # type: ignore[arg-type]
         except Exception:
             continue
         node.meta["val"] = value
@@ -34,12 +34,8 @@ def renew(view: Overlay, nodes: Iterable[fx.Node], mode: FakeTensorMode | None =
 
 
 def run_on_fakes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a function or module gives for fake tensors; its own tensors are made fake as well.
-
-    Raises:
-        Exception: whatever running it raises, an operator that has no form without data included.
-    """
-    mode = _mode(*pytree.tree_leaves((args, dict(kwargs))))
+    """What a function or module gives for fake tensors; its own tensors are made fake as well."""
+    mode = mode_of(*pytree.tree_leaves((args, dict(kwargs))))
     if mode is None:
         raise ValueError("none of its arguments is a fake tensor")
 
@@ -56,38 +52,15 @@ def run_on_fakes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return torch.func.functional_call(function, fakes, args, dict(kwargs))
 
 
-def known_values(view: Overlay, nodes: Sequence[fx.Node]) -> tuple[list[Any], FakeTensorMode]:
-    """What is recorded of these nodes, tensors of the model among them, and the mode of it all."""
-    mode = _mode(*(node.meta.get("val") for node in nodes))
-    if mode is None:
-        raise ValueError(f"nothing is known of {', '.join(map(str, nodes))}")
-    return [_known(view, node, mode) for node in nodes], mode
-
-
-def evaluate_on_fakes(
-    view: Overlay, node: fx.Node, known: Mapping[fx.Node, Any], like: fx.Node
-) -> Any:
-    """What a node gives for the fake tensors that are recorded, or for others that are `known`.
-
-    `like` is a node that a fake tensor is recorded of.
-
-    Raises:
-        Exception: whatever running it raises, an operator that has no form without data included.
-    """
-    mode = _mode(like.meta["val"])
-    if mode is None:
-        raise ValueError(f"nothing is known of {like.name}")
-    return _value(view, node, mode, known)
-
-
-def _value(
+def value_on_fakes(
     view: Overlay, node: fx.Node, mode: FakeTensorMode, known: Mapping[fx.Node, Any] | None = None
 ) -> Any:
+    """What a node gives for the fake tensors that are recorded, or for others that are known."""
     if node.op == "get_attr":
         return mode.from_tensor(view.attribute(node), static_shapes=True)
 
     def value(each: fx.Node) -> Any:
-        return known[each] if known and each in known else _known(view, each, mode)
+        return known[each] if known and each in known else recorded(view, each, mode)
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     if node.op == "call_method":
@@ -95,13 +68,14 @@ def _value(
     return run_on_fakes(view.module(node) or node.target, args, kwargs)
 
 
-def _known(view: Overlay, node: fx.Node, mode: FakeTensorMode) -> Any:
+def recorded(view: Overlay, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What is recorded of a node; a tensor of the model can be made fake at any time."""
     if "val" not in node.meta and node.op == "get_attr":
         return mode.from_tensor(view.attribute(node), static_shapes=True)
     return node.meta["val"]
 
 
-def _mode(*values: Any) -> FakeTensorMode | None:
+def mode_of(*values: Any) -> FakeTensorMode | None:
     """The mode of the first fake tensor among these."""
     leaves = pytree.tree_leaves(values) if values else ()
     return next((each.fake_mode for each in leaves if isinstance(each, FakeTensor)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from torch import fx, nn
 
@@ -83,6 +83,15 @@ class GraphView(Overlay):
         start = bisect.bisect_right(self._writes, first)
         stop = bisect.bisect_left(self._writes, last)
         return [node for node in self._writes[start:stop] if node in self._live]
+
+    def write_between(
+        self, first: fx.Node, last: fx.Node, values: Iterable[fx.Node], own: Container[fx.Node] = ()
+    ) -> fx.Node | None:
+        """A write strictly between two nodes, none of `own`, that may reach one of the values."""
+        for write in self.writes_between(first, last):
+            if write not in own and any(self.touches(write, each) for each in values):
+                return write
+        return None
 
     def storage(self, value: fx.Node) -> set[fx.Node]:
         """The values whose storage this one may share: itself, and what it may be a view of."""

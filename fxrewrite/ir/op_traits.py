@@ -24,38 +24,30 @@ class Trait(enum.Flag):
     """What an operation does; an operation that lacks a trait may do otherwise."""
 
     NONE = 0
-    FRESH = enum.auto()
-    """Gives new storage, unless it writes in place."""
-    KEEPS = enum.auto()
-    """Gives the shape, dtype and device of what it reads, or raises; under autocast, too."""
-    IN_PLACE_KEEPS = enum.auto()
-    """Where it writes in place, it changes numbers alone."""
-    PURE = enum.auto()
-    """Depends on nothing but its arguments, and writes to none of them."""
-    COMMUTATIVE = enum.auto()
-    """The order of its two operands makes no difference."""
-    ACTIVATION = enum.auto()
-    """A function of each number of one value by itself; its settings are plain numbers."""
-    ANY_STRIDES = enum.auto()
-    """Gives the same numbers whatever the strides are, in new storage or a view."""
-    VIEW = enum.auto()
-    """Gives a view, and raises where the strides allow none."""
-    SPLITS = enum.auto()
-    """Gives parts of what it reads."""
-    ASKS = enum.auto()
-    """Reads nothing of a tensor but its metadata, and gives no tensor."""
-    LIKE = enum.auto()
-    """Gives a new tensor with the shape, dtype, device and strides of what it reads."""
-    NEW = enum.auto()
-    """Gives a new tensor with the dtype and device of what it reads."""
-    AS_OTHER = enum.auto()
-    """Takes from its second argument what the first is to become."""
-    UPDATES = enum.auto()
-    """In training mode it writes to the running statistics that it is given."""
-    HANDS_ON = enum.auto()
-    """In eval mode it returns its very input."""
-    LAYER = enum.auto()
-    """The weight decides all but the leading sizes of what it gives."""
+    FRESH = enum.auto()  # gives new storage, unless it writes in place
+    KEEPS = (
+        enum.auto()
+    )  # gives the shape, dtype and device of what it reads, or raises; under autocast, too
+    IN_PLACE_KEEPS = enum.auto()  # where it writes in place, it changes numbers alone
+    PURE = enum.auto()  # depends on nothing but its arguments, and writes to none of them
+    COMMUTATIVE = enum.auto()  # the order of its two operands makes no difference
+    ACTIVATION = (
+        enum.auto()
+    )  # a function of each number of one value by itself; its settings are plain numbers
+    ANY_STRIDES = (
+        enum.auto()
+    )  # gives the same numbers whatever the strides are, in new storage or a view
+    VIEW = enum.auto()  # gives a view, and raises where the strides allow none
+    SPLITS = enum.auto()  # gives parts of what it reads
+    ASKS = enum.auto()  # reads nothing of a tensor but its metadata, and gives no tensor
+    LIKE = (
+        enum.auto()
+    )  # gives a new tensor with the shape, dtype, device and strides of what it reads
+    NEW = enum.auto()  # gives a new tensor with the dtype and device of what it reads
+    AS_OTHER = enum.auto()  # takes from its second argument what the first is to become
+    UPDATES = enum.auto()  # in training mode it writes to the running statistics that it is given
+    HANDS_ON = enum.auto()  # in eval mode it returns its very input
+    LAYER = enum.auto()  # the weight decides all but the leading sizes of what it gives
 
 
 _T = Trait
@@ -144,18 +136,8 @@ def _rows() -> dict[str, Trait]:
     return rows
 
 
-_BY_NAME = _rows()
-_BY_TYPE: dict[Any, Trait] = {kind: traits for traits, kinds in _MODULES for kind in kinds}
-
-
-def names_with(traits: Trait) -> list[str]:
-    """The plain names of the operations that have all of these traits."""
-    return sorted(name for name, each in _BY_NAME.items() if traits in each)
-
-
-def types_with(traits: Trait) -> list[type[nn.Module]]:
-    """The types of modules that have all of these traits in their row."""
-    return [kind for kind, each in _BY_TYPE.items() if traits in each]
+BY_NAME = _rows()
+BY_TYPE: dict[Any, Trait] = {kind: traits for traits, kinds in _MODULES for kind in kinds}
 
 
 def traits_of_name(name: str) -> Trait:
@@ -164,7 +146,7 @@ def traits_of_name(name: str) -> Trait:
     >>> Trait.FRESH in traits_of_name("relu"), traits_of_name("relu_")
     (True, <Trait.NONE: 0>)
     """
-    return _BY_NAME.get(name, Trait.NONE)
+    return BY_NAME.get(name, Trait.NONE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +158,7 @@ def traits_of_function(function: Any) -> Trait:
 def traits_in_place(name: str) -> Trait:
     """What is known of the operation whose form in place has this name, `relu_` or `iadd`."""
     name = _SAME_AS.get(name, name)
-    return traits_of_name(name if name in _BY_NAME else name.removesuffix("_"))
+    return traits_of_name(name if name in BY_NAME else name.removesuffix("_"))
 
 
 def traits_of_module(module: nn.Module | None) -> Trait:
@@ -187,8 +169,8 @@ def traits_of_module(module: nn.Module | None) -> Trait:
 
 @functools.lru_cache(maxsize=4096)
 def _traits_of_type(kind: type[Any]) -> Trait:
-    base = next((each for each in kind.__mro__ if each in _BY_TYPE), None)
-    traits = _BY_TYPE[base] if base is not None and overridden(kind, base) is None else Trait.NONE
+    base = next((each for each in kind.__mro__ if each in BY_TYPE), None)
+    traits = BY_TYPE[base] if base is not None and overridden(kind, base) is None else Trait.NONE
     family = next((each for each in kind.__mro__ if each.__module__ in _FRESH_FAMILIES), None)
     is_fresh = family not in (None, nn.Identity) and overridden(kind, family) is None
     return traits | Trait.FRESH if is_fresh else traits

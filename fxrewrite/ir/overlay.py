@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..module_utils.tree import fresh_name, parent_name
+from ..module_utils.names import fresh_name, parent_name
 from .arguments import arguments
 from .constant_eval import evaluate, is_constant
 

@@ -19,16 +19,8 @@ def spell(
 ) -> tuple[list[fx.Node], fx.Node]:
     """Trace a function into the graph before a node: the nodes that this makes, and the result.
 
-    Args:
-        view: the graph. Tensors become attributes of its model.
-        place: the node to stand before.
-        function: what to trace.
-        args: its positional arguments, with nodes for values of the graph.
-        kwargs: its arguments by keyword.
-        base: what the names of new attributes start with.
-
-    Raises:
-        TypeError: the function returns something other than one value of the graph.
+    Nodes among its arguments are values of the graph. Tensors become attributes of the model, whose
+    names start with `base`. Raises TypeError where the function returns no value of the graph.
     """
     before = place.prev
     tracer = _Speller(view, base)

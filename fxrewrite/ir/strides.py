@@ -26,11 +26,8 @@ def strides_observable(value: fx.Node, view: Overlay, dim: int, keeps_sizes: boo
     that need not write in place will be made to write elsewhere. What is split already is left so,
     since it would be split twice.
 
-    Args:
-        value: a value that is contiguous, in storage of its own.
-        view: the graph.
-        dim: the dimension along which it would be a part.
-        keeps_sizes: whether in all other dimensions it has the size of what was read for it.
+    The value is contiguous, in storage of its own. It would be a part along the dimension `dim`;
+    with `keeps_sizes` its other sizes are those of what was read for it.
     """
     # The second entry says whether strides may differ, and not only what shares the storage.
     pending, seen = [(value, True)], {value}

@@ -14,10 +14,8 @@ PLAIN_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer)
 def has_hooks(module: nn.Module, *, ignoring_norms: bool = False) -> str | None:
     """The kind of hook that a module carries, in words, or None.
 
-    Args:
-        module: the module.
-        ignoring_norms: leave out the hooks by which torch's older `weight_norm` and
-            `spectral_norm` compute a weight. Those of parametrizations never count.
+    Those of parametrizations never count, and those by which torch's older `weight_norm` and
+    `spectral_norm` compute a weight do not while `ignoring_norms`.
     """
     state = module.__dict__
     if not any(map(state.get, HOOKS)):

@@ -1,21 +1,12 @@
-"""Helpers for a module tree: look up, set and delete by qualified name, copy with new tensors."""
+"""Helpers for a module tree: look up, set, replace and delete by qualified name."""
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 from torch import fx, nn
 
-
-def parent_name(target: str) -> tuple[str, str]:
-    """Split a qualified name into its parent's name and the name below it.
-
-    >>> parent_name("layer1.0.conv"), parent_name("conv")
-    (('layer1.0', 'conv'), ('', 'conv'))
-    """
-    parent, _, name = target.rpartition(".")
-    return parent, name
+from .names import parent_name
 
 
 def get_submodule(root: nn.Module, target: str) -> nn.Module:
@@ -69,19 +60,6 @@ def delete_submodule(root: nn.Module, target: str) -> None:
     get_submodule(root, target)
     parent, name = parent_name(target)
     delattr(get_submodule(root, parent), name)
-
-
-def fresh_name(base: str, taken: Container[str]) -> str:
-    """The base name, or else the first of `base_1`, `base_2`, ... that is not taken.
-
-    >>> fresh_name("conv", {"conv", "conv_1"})
-    'conv_2'
-    """
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
 
 
 def replace_node_module(node: fx.Node, modules: dict[str, Any], new_module: nn.Module) -> None:

@@ -18,7 +18,8 @@ from ..explain.near_misses import NearMiss, near_misses
 from ..explain.report import Report
 from ..explain.state_dict_map import StateDictMap
 from ..ir.graph_view import GraphView
-from ..rules.rule import Rule, RuleSet
+from ..rules.registry import RuleSet
+from ..rules.rule import Rule
 from ..tracing.stops import Stop
 from .rule_lists import rules_of
 

@@ -16,8 +16,8 @@ from ..engine.target import Target
 from ..errors import FxRewriteError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
-from ..rules.registry import Rules, resolve
-from ..rules.rule import Rule, RuleSet
+from ..rules.registry import Rules, RuleSet, resolve
+from ..rules.rule import Rule
 from ..targets.evidence import Witness
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module

@@ -10,7 +10,8 @@ import attrs
 from torch import nn
 
 from ..errors import PatternError
-from ..rules.rule import Rule, RuleSet
+from ..rules.registry import RuleSet
+from ..rules.rule import Rule
 
 
 def rules_of(rule_sets: Iterable[RuleSet]) -> list[Rule[Any]]:

@@ -175,7 +175,8 @@ def _declare(cls: type[Any], anchor: str | None, local_names: dict[str, Any]) ->
     for name in hints:
         if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
             raise PatternError(f"{cls.__name__}: no step can be named {name!r}")
-    inherited = {step.name: step for base in cls.__mro__[:0:-1] for step in _steps_of(base)}
+    patterns = [base.__dict__.get("__fxrewrite_pattern__") for base in cls.__mro__[:0:-1]]
+    inherited = {step.name: step for each in patterns if each for step in each.steps}
     own = inspect.get_annotations(cls)
     branches = tuple(b for name, hint in hints.items() if (b := _branch(name, hint)) is not None)
     no_steps = {branch.name for branch in branches}
@@ -254,11 +255,6 @@ def _check_branches(
         wrong = f"chain= of {join.name!r} must name one argument for each branch"
     if wrong:
         raise PatternError(f"{where}: {wrong}")
-
-
-def _steps_of(cls: type[Any]) -> tuple[Step, ...]:
-    declared = cls.__dict__.get("__fxrewrite_pattern__")
-    return declared.steps if isinstance(declared, Pattern) else ()
 
 
 def _step(cls: type[Any], name: str, hint: Any, declared: Any) -> Step:

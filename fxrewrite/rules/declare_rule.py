@@ -9,8 +9,8 @@ from typing import Any, TypeVar, overload
 from ..errors import PatternError
 from .actions import Action
 from .declare import annotations_of, pattern_of, source_of
-from .guards import Guard
 from .rule import Rule
+from .values import Guard
 
 M = TypeVar("M")
 

@@ -1,43 +1,10 @@
-"""What a guard may answer, and guards for rules that are right for some shapes only."""
+"""Guards for rules that are right for some shapes only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import attrs
-
-Guard: TypeAlias = "Callable[[Any], str | Declined | None]"
-"""A check on a match: None when the rule may go on, or the reason why it may not."""
-
-
-@attrs.frozen
-class Declined:
-    """Why a rule is not applied: its chain is there and may not change, or is not there at all.
-
-    A guard that returns a reason refuses the match. One that returns `Declined(reason, "missed")`
-    says that the match is not what the rule is about; of a `quiet` rule that is no finding.
-
-    >>> import torch
-    >>> import fxrewrite as fxr
-    >>> ToFloat = fxr.chain(to=fxr.call("to", side_inputs=False))
-    >>> def to_float(m):
-    ...     if torch.float32 not in m.to.kwargs.values():
-    ...         return fxr.Declined("to another type", "missed")
-    >>> print(to_float(ToFloat(to=fxr.Call("to", dtype=torch.float64))))
-    to another type
-
-    Args:
-        cause: the reason, or what gives it as its `str()`.
-        outcome: "refused" or "missed".
-    """
-
-    cause: Any
-    outcome: Literal["refused", "missed"] = "refused"
-
-    def __str__(self) -> str:
-        """The reason."""
-        return str(self.cause)
+from .values import Guard
 
 
 def known_rank(*fields: str) -> Guard:

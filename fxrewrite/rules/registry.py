@@ -1,4 +1,4 @@
-"""Rule sets by name: registered by a program, or shipped by an installed package."""
+"""Rule sets: groups of rules by name, registered by a program or shipped by a package."""
 
 from __future__ import annotations
 
@@ -7,8 +7,39 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
+import attrs
+
 from ..errors import PatternError, UnknownRuleSetError
-from .rule import Rule, RuleSet
+from .rule import Rule
+
+
+def _as_tuple(rules: Any) -> Any:
+    return tuple(rules) if isinstance(rules, Iterable) else rules
+
+
+@attrs.frozen(eq=False)
+class RuleSet:
+    """An ordered, named group of rules; at each anchor the earlier ones are tried first.
+
+    >>> RuleSet("nothing", [], doc="No rules at all.").rules
+    ()
+    """
+
+    name: str
+    rules: tuple[Rule[Any], ...] = attrs.field(converter=_as_tuple)
+    doc: str = attrs.field(default="", kw_only=True)
+
+    @rules.validator
+    def _check(self, _: Any, rules: Any) -> None:
+        if not isinstance(rules, tuple):
+            raise PatternError(f"rule set {self.name!r}: expected a list of rules, found {rules!r}")
+        for each in rules:
+            if not isinstance(each, Rule):
+                raise PatternError(f"rule set {self.name!r}: expected rules, found {each!r}")
+        names = [each.name for each in rules]
+        if len(set(names)) < len(names):
+            raise PatternError(f"rule set {self.name!r}: two of its rules share a name: {names}")
+
 
 ENTRY_POINT_GROUP = "fxrewrite.rule_sets"
 

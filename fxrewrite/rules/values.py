@@ -1,9 +1,9 @@
-"""What a match holds and a rule may return beside modules: values of the graph and calls."""
+"""What a match holds, beside modules, and what a guard answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import attrs
 import torch
@@ -42,3 +42,36 @@ class Value:
     dtype: torch.dtype | None = None
     rank: int | None = None
     node: fx.Node | None = attrs.field(default=None, repr=False)
+
+
+Guard: TypeAlias = "Callable[[Any], str | Declined | None]"
+"""A check on a match: None when the rule may go on, or the reason why it may not."""
+
+
+@attrs.frozen
+class Declined:
+    """Why a rule is not applied: its chain is there and may not change, or is not there at all.
+
+    A guard that returns a reason refuses the match. One that returns `Declined(reason, "missed")`
+    says that the match is not what the rule is about; of a `quiet` rule that is no finding.
+
+    >>> import torch
+    >>> import fxrewrite as fxr
+    >>> ToFloat = fxr.chain(to=fxr.call("to", side_inputs=False))
+    >>> def to_float(m):
+    ...     if torch.float32 not in m.to.kwargs.values():
+    ...         return fxr.Declined("to another type", "missed")
+    >>> print(to_float(ToFloat(to=fxr.Call("to", dtype=torch.float64))))
+    to another type
+
+    Args:
+        cause: the reason, or what gives it as its `str()`.
+        outcome: "refused" or "missed".
+    """
+
+    cause: Any
+    outcome: Literal["refused", "missed"] = "refused"
+
+    def __str__(self) -> str:
+        """The reason."""
+        return str(self.cause)

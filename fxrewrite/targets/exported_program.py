@@ -24,9 +24,9 @@ from torch.export.graph_signature import (
 from ..engine.editing import Edit, Kept
 from ..engine.match import Site
 from ..engine.target import Target
-from ..ir.fake_values import evaluate_on_fakes, run_on_fakes
+from ..ir.fake_values import mode_of, run_on_fakes, value_on_fakes
 from ..ir.graph_view import GraphView
-from ..module_utils.tree import fresh_name, parent_name
+from ..module_utils.names import fresh_name, parent_name
 from ..tracing.tracer import copy_of
 from .graph_inputs import Input, as_inputs
 from .operators import legalise
@@ -99,7 +99,7 @@ class ExportedProgramTarget(Target):
             if isinstance(step, Kept):
                 reads = known.get(step.reads, step.reads.meta["val"])
                 taken = {**known, step.link.source: reads}
-                known[step.node] = evaluate_on_fakes(
+                known[step.node] = _evaluate_on_fakes(
                     self._view, step.node, taken, like=edit.reads[0]
                 )
             else:
@@ -107,7 +107,7 @@ class ExportedProgramTarget(Target):
                 known[step.node] = run_on_fakes(step.module, args, {})
         for node in edit.nodes:
             if node not in known:
-                known[node] = evaluate_on_fakes(self._view, node, known, like=edit.reads[0])
+                known[node] = _evaluate_on_fakes(self._view, node, known, like=edit.reads[0])
         given = edit.parts or (edit.result,)
         return [known[each] if each in known else each.meta["val"] for each in given]
 
@@ -250,3 +250,19 @@ def _kind(value: Any) -> str:
         return f"a {type(value).__name__}"
     sizes = ", ".join(map(str, value.shape))
     return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape [{sizes}]"
+
+
+def _evaluate_on_fakes(
+    view: GraphView, node: fx.Node, known: Mapping[fx.Node, Any], like: fx.Node
+) -> Any:
+    """What a node gives for the fake tensors that are recorded, or for others that are `known`.
+
+    `like` is a node that a fake tensor is recorded of.
+
+    Raises:
+        Exception: whatever running it raises, an operator that has no form without data included.
+    """
+    mode = mode_of(like.meta["val"])
+    if mode is None:
+        raise ValueError(f"nothing is known of {like.name}")
+    return value_on_fakes(view, node, mode, known)

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from ..ir.graph_view import GraphView
+from ..module_utils.names import parent_name
 from ..module_utils.torch_private import HOOK_STATE, unsaved_buffers
-from ..module_utils.tree import parent_name
 
 
 def graph_module(view: GraphView) -> fx.GraphModule:

@@ -13,11 +13,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import FxRewriteError
 from ..ir.describe import describe
-from ..ir.fake_values import known_values, renew
+from ..ir.fake_values import mode_of, recorded, renew
 from ..ir.graph_view import GraphView
-from ..module_utils.torch_private import HigherOrderOperator, OpOverload
+from ..module_utils.torch_private import FakeTensorMode, HigherOrderOperator, OpOverload
 
 _OPERATORS = (OpOverload, HigherOrderOperator)
+
+
+def known_values(view: GraphView, nodes: list[fx.Node]) -> tuple[list[Any], FakeTensorMode]:
+    """What is recorded of these nodes, tensors of the model among them, and the mode of it all."""
+    mode = mode_of(*(node.meta.get("val") for node in nodes))
+    if mode is None:
+        raise ValueError(f"nothing is known of {', '.join(map(str, nodes))}")
+    return [recorded(view, node, mode) for node in nodes], mode
 
 
 def legalise(view: GraphView, own: Container[fx.Node], *, pre_dispatch: bool) -> None:

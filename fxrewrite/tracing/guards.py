@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import fx, nn
 
-from ..module_utils.tree import fresh_name
+from ..module_utils.names import fresh_name
 from .assumptions import Assumption, message
 from .forward_code import is_of_a_forward, line_of
 from .frames import Frames

@@ -13,9 +13,9 @@ from torch import fx, nn
 
 from ..errors import TraceError
 from ..module_utils.hooks import has_hooks
+from ..module_utils.names import parent_name
 from ..module_utils.state import Snapshot
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
-from ..module_utils.tree import parent_name
 from .assumptions import Assumption
 from .error_recovery import tolerant
 from .guards import Watch
