@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,8 +14,13 @@ from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
 
 _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
-_REGISTRIES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
-_UNNAMED = ("_parameters", "_buffers", "_modules")
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_RARELY_FILLED = tuple(
+    name
+    for name, value in nn.Module().__dict__.items()
+    if isinstance(value, dict | set) and name not in _REGISTRIES
+)
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
 
@@ -81,16 +86,22 @@ class Snapshot:
                     self._visit(path, each)
 
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
-        self._parts.append(part := _Module(path, module))
-        for key, each in module.__dict__.items():
-            if type(each) in _ATOMS:
+        state = module.__dict__
+        rare = tuple(map(state.get, _RARELY_FILLED))
+        self._parts.append(_Module(path, module, rare))
+        if any(rare):
+            for key in filter(state.get, _RARELY_FILLED):
+                self._visit((path, key), state[key])
+        for key in filter(state.get, _REGISTRIES):
+            if key in self._skipped:
+                self._parts.append(_Container(path, state[key]))
+            else:
+                self._visit(path, state[key])
+        for key, each in state.items():
+            if key in _OF_EVERY_MODULE or type(each) in _ATOMS:
                 continue
-            if key in _REGISTRIES and not each:
-                part.empty[key] = each
-            elif key in self._skipped:
-                self._parts.append(_Container(path, each))
-            elif type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
-                self._visit(path if key in _UNNAMED else (path, key), each)
+            if type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
+                self._visit((path, key), each)
 
     def __enter__(self) -> Snapshot:
         return self
@@ -159,21 +170,22 @@ class _Module(_Container):
 
     __slots__ = ("empty", "module", "type")
 
-    def __init__(self, path: _Path, module: nn.Module) -> None:
+    def __init__(self, path: _Path, module: nn.Module, registries: Sequence[Any]) -> None:
         super().__init__(path, module.__dict__)
         self.module, self.type = module, type(module)
-        self.empty: dict[str, Any] = {}
+        self.empty = [each for each in registries if not each] if any(registries) else registries
 
     def change(self, versions: bool) -> str | None:
         if type(self.module) is not self.type:
             return "__class__"
-        if any(self.empty.values()):
-            return next(name for name, each in self.empty.items() if each)
+        if any(self.empty):
+            filled = next(filter(None, self.empty))
+            return next((key for key, value in self.now.items() if value is filled), "")
         return _Container.change(self, versions)
 
     def restore(self) -> None:
         object.__setattr__(self.module, "__class__", self.type)
-        for each in self.empty.values():
+        for each in filter(None, self.empty):
             each.clear()
         super().restore()
 
