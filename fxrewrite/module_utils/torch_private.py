@@ -72,6 +72,7 @@ REPLACED = {
     "torch._jit_internal.boolean_dispatched": "names of the arguments of F.max_pool2d and its like",
     "torch.fx.passes.shape_prop._extract_tensor_metadata": "what other passes read of a new node",
     "torch.fx.Node._erased": "whether a node is in a graph no more",
+    "torch.fx.Graph._tracer_cls": "which tracer a pickled graph module goes through",
     "torch.fx.Tracer._tensor_constant": "which attributes are tensors that a forward made",
     "torch.fx.Tracer._torchbind_obj": "the same, for objects of C++",
     "torch.nn.Module._non_persistent_buffers_set": "which buffers a state dict leaves out",
@@ -204,6 +205,11 @@ def is_erased(node: fx.Node) -> bool:
     """Whether a node was erased from its graph; without torch's mark, the graph is searched."""
     erased = getattr(node, "_erased", None)
     return all(each is not node for each in node.graph.nodes) if erased is None else erased
+
+
+def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
+    """The tracer that a pickled graph module goes through; None, the usual one, if not known."""
+    return getattr(graph, "_tracer_cls", None)
 
 
 def unsaved_buffers(module: nn.Module) -> Container[str]:

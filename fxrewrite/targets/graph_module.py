@@ -10,26 +10,28 @@ from torch import fx, nn
 
 from ..ir.graph_view import GraphView
 from ..module_utils.names import parent_name
-from ..module_utils.torch_private import HOOK_STATE, unsaved_buffers
+from ..module_utils.torch_private import HOOK_STATE, tracer_class, unsaved_buffers
 
 
 def graph_module(view: GraphView) -> fx.GraphModule:
     """The view's graph and what it uses as a GraphModule; the view's model stays as it is."""
     root, graph = view.root, view.graph
-    tree = nn.Module().train(root.training)
+    # Torch's own constructor would look every target up in one root; ours are in two places.
+    made = fx.GraphModule(
+        nn.Module(), fx.Graph(tracer_cls=tracer_class(graph)), type(root).__name__
+    )
+    made.training = root.training
     used = {str(n.target): n for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    holders = _Holders(tree, root)
+    holders = _Holders(made, root)
     for target, node in used.items():
         _install(target, node, holders, view)
-    made = fx.GraphModule(tree, graph, class_name=type(root).__name__)
-    # Torch's constructor copies what the graph uses, but not in which mode a container is, say.
-    made.__dict__.update(tree.__dict__)
     for name in HOOK_STATE:
         if root.__dict__.get(name) is not None:
             made.__dict__[name] = copy.copy(root.__dict__[name])
     if isinstance(root, fx.GraphModule):  # whose hooks may read what else it was given
         made.__dict__ = {**root.__dict__, **made.__dict__}
     made.meta = dict(getattr(root, "meta", {}))
+    made.graph = graph
     graph.lint()
     return made
 
@@ -74,7 +76,11 @@ def _install(target: str, node: fx.Node, holders: _Holders, view: GraphView) -> 
     holder, source = place
     module = view.module(node)
     if module is not None:
-        holder._modules[name] = module
+        # Only the graph module itself has names that would clash; add_module() looks for them.
+        if isinstance(holder, fx.GraphModule):
+            holder.add_module(name, module)
+        else:
+            holder._modules[name] = module
         return
     is_new = target in view.placed and target not in view.constants
     _put(holder, source, name, view.attribute(node), is_new=is_new)

@@ -128,7 +128,7 @@ def test_a_container_that_is_kept_whole_writes_where_one_inside_it_does(around: 
     assert writes_in_place(whole)
     assert not writes_in_place(around(nn.ReLU()))
     model = Forward(forward, same=nn.Identity(), whole=whole, act=nn.Tanh())
-    made, report = fxr.rewrite(model, tanh_alone, leaf_modules=["whole"])
+    made, report = fxr.Rewriter(tanh_alone, leaf_modules=["whole"]).rewrite(model)
     x = nets.random_input((3, 4))
     assert torch.equal(made(x), model(x))
     assert "in place to what the chain reads" in report.why("act")

@@ -402,7 +402,8 @@ def test_verifying_needs_no_command_line_packages() -> None:
     """The public functions import nothing that only the command line needs, or that is slow to."""
     code = (
         "import sys, torch, fxrewrite as fxr\n"
-        "fxr.localise(torch.nn.ReLU(), 'conv_bn', fxr.verification.random_inputs((2, 3)))\n"
+        "inputs = fxr.verification.random_inputs((2, 3))\n"
+        "fxr.Rewriter('conv_bn').localise(torch.nn.ReLU(), inputs)\n"
         "assert not {'typer', 'rich', 'safetensors', 'hypothesis'} & {*sys.modules}\n"
         "assert not {'torch._inductor', 'torch._dynamo', 'torchvision', 'timm'} & {*sys.modules}"
     )
