@@ -62,7 +62,7 @@ def test_what_is_returned_becomes_no_part_of_what_the_model_holds_or_is_given(st
 def test_what_one_rule_leaves_writing_in_place_refuses_the_next(rule: Any, act: nn.Module) -> None:
     """A copy before a step that writes stays, whichever rule made or kept that step."""
     children = {"copy": copied(), "act": act, "idle": nn.Dropout()}
-    model = Forward(lambda m, x: m.idle(m.act(m.copy(x))), **children)
+    model = Forward(lambda m, x: m.idle(m.act(m.copy(x))) + 1.0, **children)
     x = nets.random_input((3, 4))
     made, report = fxr.rewrite(model, [rule, hand_on])
     assert [each.rule for each in report.applied] == [rule.name]
