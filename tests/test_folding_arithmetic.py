@@ -160,4 +160,4 @@ def test_three_layers_that_are_added_and_subtracted(
     model = nets.Forward(signed(first, second, swap), **dict(zip(names, layers, strict=True)))
     report = rewritten(model.double(), nets.X, reparam.reparam)
     if first == second == "+":
-        assert len(report.applied) == (1 if "c" == names[0] else 2)
+        assert len(report.applied) == (1 if names[0] == "c" else 2)

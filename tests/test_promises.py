@@ -107,10 +107,11 @@ def rule(action: Callable[[Any], Any], **options: Any) -> fxr.Rule[Any]:
 def test_a_rule_that_breaks_a_property_is_caught_by_that_property(name: str) -> None:
     """What is raised says which property it is, so that another one can't stand in for it."""
     action, broken, found = BROKEN[name]
+    # In a graph a new module is one step, whatever is inside of it.
+    into: Any = "modules" if action is hiding else "graph"
+    model = Model().eval()
+    LEFT.append(model)
     with pytest.raises(UnsoundError) as caught:
-        # In a graph a new module is one step, whatever is inside of it.
-        model, into = Model().eval(), "modules" if action is hiding else "graph"
-        LEFT.append(model)
         check_model(rule(action), model, (nets.random_input((2, 3)).float(),), into=into)
     assert caught.value.broken == broken
     assert found in caught.value.found
