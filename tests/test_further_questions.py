@@ -119,6 +119,8 @@ def test_another_answer_is_given_as_the_model_gives_it_or_refused(
         (lambda a, b, c: (a if c else b) is c, "is", None),
         (lambda a, b, c: a is (b if c else c), "is", None),
         (lambda a, b, c: (a or b) is c, "is", None),
+        (lambda a, b, c: (a if c else b).grad is c, "is", None),
+        (lambda a, b, c: callable((a or b).grad), "callable", None),
         (lambda a, b, c: callable(a if c else b), "callable", None),
         (lambda a, b, c: isinstance(a and b, c), "isinstance", None),
     ],
