@@ -284,7 +284,7 @@ def _made_again(view: GraphView, site: Site, node: fx.Node) -> Edit:
 
 def _spelt(site: Site, nodes: list[fx.Node], place: fx.Node, result: fx.Node) -> Edit:
     read = dict.fromkeys((site.input, *(each for node in nodes for each in node.all_input_nodes)))
-    outside = [each for each in (*read, result) if each not in nodes and each.op != "get_attr"]
+    outside = [each for each in (*read, result) if each not in nodes]
     return Edit(tuple(nodes), place, result, tuple(dict.fromkeys(outside)), now=_now(site, result))
 
 

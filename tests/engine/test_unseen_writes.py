@@ -34,6 +34,11 @@ def leave_out_dropout(m: Any) -> fxr.Revise:
     return fxr.Revise(idle=None)
 
 
+@fxr.rule(pattern=fxr.chain(copy=nn.LeakyReLU), name="hand_on")
+def hand_on_by_a_call(m: Any) -> fxr.Call:
+    return fxr.Call(lambda x: x)
+
+
 def copied() -> nn.Module:
     return nn.LeakyReLU(1.0)
 
@@ -41,12 +46,15 @@ def copied() -> nn.Module:
 @pytest.mark.parametrize(
     "stored", [lambda m, x: x, lambda m, x: m.scale, lambda m, x: m.scale[:1], lambda m, x: x.t()]
 )
-def test_what_is_returned_becomes_no_part_of_what_the_model_holds_or_is_given(stored: Any) -> None:
+@pytest.mark.parametrize("rule", [hand_on, hand_on_by_a_call], ids=["bypass", "call"])
+def test_what_is_returned_becomes_no_part_of_what_the_model_holds_or_is_given(
+    rule: Any, stored: Any
+) -> None:
     """A caller that writes to the output writes neither to a parameter nor to its own input."""
     model = Forward(lambda m, x: m.copy(stored(m, x)), copy=copied())
     model.scale = nn.Parameter(torch.ones(3, 4))
     x = torch.ones(3, 4)
-    made, report = fxr.rewrite(model, hand_on)
+    made, report = fxr.rewrite(model, rule)
     with torch.no_grad():
         made(x).zero_()
     assert bool((x == 1).all())
@@ -62,7 +70,7 @@ def test_what_is_returned_becomes_no_part_of_what_the_model_holds_or_is_given(st
 def test_what_one_rule_leaves_writing_in_place_refuses_the_next(rule: Any, act: nn.Module) -> None:
     """A copy before a step that writes stays, whichever rule made or kept that step."""
     children = {"copy": copied(), "act": act, "idle": nn.Dropout()}
-    model = Forward(lambda m, x: m.idle(m.act(m.copy(x))), **children)
+    model = Forward(lambda m, x: m.idle(m.act(m.copy(x))) + 1.0, **children)
     x = nets.random_input((3, 4))
     made, report = fxr.rewrite(model, [rule, hand_on])
     assert [each.rule for each in report.applied] == [rule.name]
@@ -100,6 +108,23 @@ def test_what_follows_from_a_tensor_that_the_forward_writes_to_is_no_constant(
     assert not report.applied
     for _ in range(3):
         torch.testing.assert_close(made(X), model(X), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("by_view", [False, True])
+def test_what_is_computed_of_a_tensor_and_then_written_to_is_no_constant(by_view: bool) -> None:
+    """The tensor stays what it is, and yet what follows from it is not what a rule computes."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        factor = m.count * 2.0
+        (factor.view(-1) if by_view else factor).mul_(3.0)
+        return m.conv(x) * factor
+
+    model = Forward(forward, conv=conv()).double()
+    model.count = nn.Buffer(torch.tensor(1.0, dtype=torch.float64))
+    expected = model(X)
+    made, report = fxr.rewrite(model, "affine", X)
+    assert not report.applied
+    torch.testing.assert_close(made(X), expected, rtol=0, atol=1e-9)
 
 
 @fxr.rule(pattern=fxr.chain(same=nn.Identity, act=nn.Tanh))
