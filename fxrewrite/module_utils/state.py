@@ -52,33 +52,33 @@ class Stamp:
             elif isinstance(each, torch.Tensor):
                 self._versions.append(("Tensor", each, version_of(each)))
 
-    def _add(self, name: str, state: dict[str, Any]) -> None:
-        self._entries.append((name, state, state.copy()))
+    def _add(self, kind: str, state: dict[str, Any]) -> None:
+        self._entries.append((kind, state, state.copy()))
         for registry in state.values():
             if isinstance(registry, dict | set):
-                self._entries.append((name, registry, registry.copy()))
-        held: Any
-        for key, held in (*state["_parameters"].items(), *state["_buffers"].items()):
-            if held is not None:
-                self._versions.append((f"{name}.{key}", held, version_of(held)))
+                self._entries.append((kind, registry, registry.copy()))
+        for held in (state["_parameters"], state["_buffers"]):
+            for key, each in held.items():
+                if each is not None:
+                    self._versions.append((f"{kind}.{key}", each, version_of(each)))
 
     def __enter__(self) -> Stamp:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for _, now, before in self._entries if error is not None else ():
+        for _, now, before in () if error is None else self._entries:
             if not _same_entries(now, before):
                 now.clear()
                 now.update(before)
 
     def difference(self) -> str | None:
         """The first thing that has changed since, in words, or None."""
-        for name, now, before in self._entries:
+        for kind, now, before in self._entries:
             if not _same_entries(now, before):
                 keys = (str(key) for key in {**dict.fromkeys(now), **dict.fromkeys(before)})
                 is_dict = isinstance(now, dict) and isinstance(before, dict)
                 others = (k for k in keys if not is_dict or now.get(k, 0) is not before.get(k, 1))
-                return f"{name}.{next(others, '')}"
+                return f"{kind}.{next(others, '')}"
         for tensor_name, tensor, version in self._versions:
             if version_of(tensor) != version:
                 return f"the tensor {tensor_name}"

@@ -97,12 +97,12 @@ def test_another_answer_is_given_as_the_model_gives_it_or_refused(
     model = nets.randomise(Asking([step], first)).double()
     try:
         made, _ = fxr.rewrite(copy.deepcopy(model), "conv_bn", into=into)
-    except fxr.TraceError:
+    except fxr.errors.TraceError:
         assert into == "graph"
         return
     for args in itertools.product(VALUES, VALUES):
         expected, found = outcome(model, args), outcome(made, args)
-        if isinstance(found, fxr.SpecialisedError) or isinstance(expected, Exception):
+        if isinstance(found, fxr.errors.SpecialisedError) or isinstance(expected, Exception):
             assert isinstance(found, Exception), args
         else:
             assert isinstance(found, torch.Tensor), (args, found)

@@ -37,7 +37,7 @@ def test_rules_that_make_another_graph_of_new_parameters_are_not_held_to_the_old
         for name, value in {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}.items():
             getattr(net.norm, name).fill_(value)
         net.norm.weight.fill_(order[0])
-    compiled = torch.compile(net, backend=fxr.backend(by_its_factor, inner="eager"))
+    compiled = torch.compile(net, backend=fxr.integrations.backend(by_its_factor, inner="eager"))
     for factor in order:
         with torch.no_grad():
             net.norm.weight.fill_(factor)
