@@ -66,7 +66,7 @@ class Stamp:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for _, now, before in () if error is None else self._entries:
+        for _kind, now, before in () if error is None else self._entries:
             if not _same_entries(now, before):
                 now.clear()
                 now.update(before)
