@@ -242,6 +242,7 @@ def _first(where: torch.Tensor) -> list[int]:
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """The numbers of a tensor, however they are stored."""
+    tensor = tensor.detach()
     if tensor.is_nested:
         return torch.cat([each.reshape(-1) for each in tensor.unbind()])
     if tensor.is_quantized:
