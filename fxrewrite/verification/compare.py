@@ -126,9 +126,9 @@ def difference(expected: Any, found: Any, rtol: float, path: str = "output") -> 
             that `check` looks at must be equal.
         path: what the values are called.
     """
-    ours, theirs = dict(flatten(expected, path)), dict(flatten(found, path))
-    for name in dict.fromkeys((*ours, *theirs)):
-        a, b = ours.get(name), theirs.get(name)
+    given = dict(flatten(found, path))
+    for name, a in flatten(expected, path):  # what is only in the other makes its container another
+        b = given.get(name)
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             said = mismatch(a, b)
         else:
@@ -212,7 +212,8 @@ def _errors(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, tuple[int, 
     """The largest absolute and relative error, and where that is."""
     both = torch.isfinite(a) & torch.isfinite(b)
     if not both.any():
-        return (math.inf, math.inf, ()) if a.numel() else (0.0, 0.0, ())
+        apart = bool(torch.isfinite(a).any() or torch.isfinite(b).any())
+        return (math.inf, math.inf, ()) if apart else (0.0, 0.0, ())
     a, b = (torch.where(both, widened(each), 0) for each in (a, b))
     wrong = (a - b).abs()
     error = float(wrong.max())

@@ -39,6 +39,7 @@ APART: list[tuple[torch.Tensor, torch.Tensor]] = [
 EQUAL = [
     (of(1, NAN, INF, -INF), of(1, NAN, INF, -INF)),
     (of(), of()),
+    (of(NAN, INF), of(NAN, INF)),
     (of(0), of(-0.0)),
     (of(1e6), of(1e6 * (1 + 1e-12))),
 ]

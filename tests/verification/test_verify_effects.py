@@ -53,6 +53,14 @@ def test_a_write_that_only_one_of_the_models_does_is_a_difference(
     assert torch.equal(given, X)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_of_nothing_but_nan_is_the_same_as_another(dtype: torch.dtype) -> None:
+    """Beside one that has numbers; alone there would be nothing to compare."""
+    odd = nn.Module()
+    odd.forward = lambda x: (x, x * torch.nan)  # type: ignore[method-assign]
+    assert verify(odd, odd, X.to(dtype)).verdict == "same"
+
+
 @pytest.mark.parametrize("trials", [1, 2, 5])
 def test_each_trial_has_an_input_of_its_own(trials: int) -> None:
     """The first is the input as it is given; another seed draws other ones for the rest."""
