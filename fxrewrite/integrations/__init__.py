@@ -10,7 +10,7 @@ from .dynamo_backend import backend
 from .fx_pass import fx_pass
 
 if TYPE_CHECKING:
-    from .inductor_pass import InductorPass
+    from .inductor import InductorPass
 
 __all__ = ["backend", "fx_pass", "inductor_pass"]
 
@@ -29,6 +29,6 @@ def inductor_pass(rules: Rules) -> InductorPass:
     Raises:
         UnknownRuleSetError: no rule set has the given name.
     """
-    from .inductor_pass import InductorPass  # inductor takes seconds to import
+    from .inductor import InductorPass  # inductor takes seconds to import
 
     return InductorPass(apart(resolve(rules)))

@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.integrations.inductor_pass import InductorPass
+from fxrewrite.integrations.inductor import InductorPass
 
 X = nets.random_input((2, 4, 5, 5))
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ def test_a_rule_set_is_a_pass() -> None:
     """It gives torch's own result, with a new graph module, and leaves the old one as it was."""
     traced = fx.symbolic_trace(blocks())
     expected, before = outputs(traced, X), Record(traced)
-    result = fxr.get_rule_set("conv_bn")(traced)
+    result = fxr.integrations.fx_pass("conv_bn")(traced)
     before.assert_unchanged()
     assert isinstance(result, PassResult)
     assert result.modified
@@ -65,7 +65,7 @@ def test_a_rule_set_is_a_pass() -> None:
 def test_a_pass_that_finds_nothing() -> None:
     """It says so, and gives back the graph module that it was given."""
     traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
-    result = fxr.get_rule_set("conv_bn")(traced)
+    result = fxr.integrations.fx_pass("conv_bn")(traced)
     assert not result.modified
     assert result.graph_module is traced
 
@@ -75,7 +75,8 @@ def test_a_pass_manager_takes_it() -> None:
     negations = fxr.RuleSet("negations", [drop_negations])
     net = nets.Forward(lambda net, x: -(-net.body(x)).neg().neg().neg(), body=blocks())
     traced, expected = fx.symbolic_trace(net.double()), outputs(net, X)
-    manager = PassManager([fxr.get_rule_set("conv_bn"), negations], steps=3)
+    passes = [fxr.integrations.fx_pass(each) for each in ("conv_bn", negations)]
+    manager = PassManager(passes, steps=3)
     result = manager(traced)
     assert result.modified
     calls = [node for node in result.graph_module.graph.nodes if node.op.startswith("call")]

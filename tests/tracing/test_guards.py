@@ -223,7 +223,7 @@ def test_on_other_arguments_it_does_the_same_or_refuses(kind: Any, into: Any) ->
     """Whatever is passed, in either mode; and as the model is called by default, it runs."""
     model = model_of(kind)
     if into == "graph" and kind in NO_GRAPH:
-        with pytest.raises(fxr.errors.TraceError, match=r"test_specialising\.py"):
+        with pytest.raises(fxr.errors.TraceError, match=r"test_guards\.py"):
             fxr.rewrite(model, "conv_bn", into=into)
         return
     made, report = fxr.rewrite(model, "conv_bn", into=into)
