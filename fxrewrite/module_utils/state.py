@@ -150,7 +150,7 @@ class Snapshot:
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
         rare = tuple(map(state.get, _RARELY_FILLED))
-        self._parts.append(_Module(path, module, rare))
+        self._parts.append(_Module(path, module, (*rare, *map(state.get, _REGISTRIES))))
         if any(rare):
             for key in filter(state.get, _RARELY_FILLED):
                 self._visit((path, key), state[key])
@@ -235,7 +235,7 @@ class _Module(_Container):
     def __init__(self, path: _Path, module: nn.Module, registries: Sequence[Any]) -> None:
         super().__init__(path, module.__dict__)
         self.module, self.type = module, type(module)
-        self.empty = [each for each in registries if not each] if any(registries) else registries
+        self.empty = [each for each in registries if each is not None and not each]
 
     def change(self, versions: bool) -> str | None:
         if type(self.module) is not self.type:
