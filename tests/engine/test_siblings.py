@@ -382,7 +382,7 @@ def test_a_module_tree_has_no_place_for_a_split():
     }
 
 
-# Other dialects, passes, replays.
+# Other dialects, passes, parts of a rewrite.
 
 
 def test_functional_calls_are_siblings():

@@ -30,13 +30,13 @@ def test_a_convolution_that_feeds_something_else_tells_what() -> None:
 
 
 def test_a_convolution_whose_output_nothing_reads() -> None:
-    """A dead call is a bystander like any other."""
+    """A dead call has its near misses like any other."""
     model = Forward(lambda m, x: (m.conv(x), x)[1], conv=conv())
     said = fxr.plan(model, "conv_bn").why("conv")
     assert "but nothing reads its output, where a BatchNorm1d, BatchNorm2d or" in said
 
 
-def test_each_call_of_a_bystander_is_told_of() -> None:
+def test_each_call_that_could_be_a_step_is_told_of() -> None:
     """A module that is called twice has an answer for each call, and one by the call's own name."""
     model = Forward(lambda m, x: m.act(m.conv(x)) + m.conv(x), conv=conv(), act=nn.ReLU())
     report = fxr.plan(model, "conv_bn")
@@ -44,7 +44,7 @@ def test_each_call_of_a_bystander_is_told_of() -> None:
     assert "it feeds add (add())" in report.why("conv_1")
 
 
-def test_a_bystander_is_known_by_its_alias_too() -> None:
+def test_a_near_miss_is_known_by_its_alias_too() -> None:
     """The second name of a module has the answer of the first."""
     model = Forward(lambda m, x: m.act(m.conv(x)), conv=conv(), act=nn.ReLU())
     model.other = model.conv
