@@ -23,7 +23,6 @@ from .target import Target
 
 # How often rules may rewrite what rules made, before they are taken to feed each other forever.
 MAX_GENERATIONS = 100
-_CALLS = ("call_module", "call_function", "call_method")
 
 
 class Driver:
@@ -112,7 +111,7 @@ class Driver:
 
     def _rules_at(self, node: fx.Node) -> Sequence[Rule[Any]]:
         """The rules that look for such a node first."""
-        if node.op not in _CALLS or len(self.applied) == self._limit:
+        if not node.op.startswith("call") or len(self.applied) == self._limit:
             return ()
         key = (node.op, self._view.callee(node))
         rules = self._rules_by_callee.get(key)
