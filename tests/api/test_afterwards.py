@@ -46,6 +46,7 @@ def test_it_can_be_fine_tuned(into: Any) -> None:
         assert torch.equal(model.state_dict()[name], original[name])
 
 
+@pytest.mark.slow
 def test_it_compiles(into: Any) -> None:
     """torch.compile takes it as a whole, without a graph break."""
     model = nets.tied()
@@ -74,6 +75,7 @@ def test_it_is_exported(into: Any) -> None:
     assert fused.state_dict().keys() <= saved | {"tied.weight", "head.weight"}
 
 
+@pytest.mark.slow
 def test_it_goes_to_onnx(into: Any) -> None:
     """ONNX's reference evaluator gives what the model gives, of what the dynamo exporter makes."""
     model = nets.tied()

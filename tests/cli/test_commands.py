@@ -131,6 +131,7 @@ def test_a_run_prints_report_verdict_and_speed_up(
     assert "\nspeed-up  " in out
 
 
+@pytest.mark.slow
 def test_resnet18_in_a_pipe(tmp_path: Path) -> None:
     """The installed command folds all of ResNet-18; in a pipe its output has no colour codes."""
     command = [Path(sys.executable).with_name("fxrewrite"), "run", "torchvision.models:resnet18"]

@@ -102,6 +102,7 @@ def sweep(folder: Path, *names: str, options: tuple[str, ...] = ()) -> tuple[int
 # What a model may do
 
 
+@pytest.mark.slow
 def test_a_model_that_is_rewritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its row has counts, the reason of what stayed, the inputs chosen, errors and costs."""
     code, rows = sweep(folder, "net", "words 1,4:int64")
@@ -183,6 +184,7 @@ def test_a_larger_model_is_left_alone(folder: Path) -> None:
 # The rows
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(folder: Path) -> None:
     """A model that has a row is not examined again, with --retry only if it went wrong."""
     sweep(folder, "net", "raises")
@@ -227,6 +229,7 @@ def test_ctrl_c_leaves_a_usable_file_and_no_process(folder: Path) -> None:
         os.kill(int(pids.read_text()), 0)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_what_was_started(folder: Path) -> None:
     """As `timeout` sends it: the exit code is 143, and the process that ran is gone."""
     pids = folder / "pids"
@@ -246,6 +249,7 @@ def test_sigterm_ends_what_was_started(folder: Path) -> None:
         os.kill(int(pids.read_text()), 0)
 
 
+@pytest.mark.slow
 def test_into_is_asked_for_and_kept_apart(folder: Path) -> None:
     """A model has a row for each --into, and each says what it was rewritten into."""
     for options in ((), ("--into", "modules"), ("--into", "graph"), ("--into", "modules")):

@@ -334,6 +334,7 @@ def programs(draw):
     return nets.randomise(nets.Net(members, made, outputs), draw(st.integers(0, 99))).double()
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(programs())
 def test_replacing_branches_changes_no_result(model):

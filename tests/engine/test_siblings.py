@@ -504,6 +504,7 @@ def test_what_a_group_may_not_be():
             layers: fxr.Siblings[int] = fxr.siblings(dim=-1)
 
 
+@pytest.mark.slow
 def test_any_model_with_siblings():
     check_rule([merge, convs])
 

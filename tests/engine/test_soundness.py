@@ -166,6 +166,7 @@ print(report.to_json(), fused.code, list(fused.state_dict()))
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process() -> None:
     """Invariant 6: nothing depends on the order of a set, which differs between processes."""
 

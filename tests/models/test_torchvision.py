@@ -92,6 +92,7 @@ CASES: list[tuple[Any, int, int]] = [  # model, batch norms folded, batch norms 
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "applied", "missed"), CASES, ids=[make.__name__ for make, *_ in CASES]
 )

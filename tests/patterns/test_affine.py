@@ -47,6 +47,7 @@ def rewritten(
     return made, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", AFFINE.rules, ids=lambda rule: rule.name)
 def test_each_rule_is_sound(rule: Any) -> None:
     """On models drawn around its pattern each rule keeps the outputs, and all that is promised."""
@@ -222,6 +223,7 @@ def test_a_norm_with_an_activation_leaves_the_activation() -> None:
         assert [type(each) for each in made.get_submodule("bn").modules()] == kept
 
 
+@pytest.mark.slow
 @given(st.integers(4, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.booleans())
 def test_a_convolution_that_pads_by_the_size_of_its_input(
     side: int, kernel: int, stride: int, dilation: int, bias: bool

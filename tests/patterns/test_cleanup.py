@@ -20,6 +20,7 @@ X = nets.random_input((2, 4)).float()
 RULES = fxr.get_rule_set("cleanup").rules
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dropout2d", "ignore:.*dropout.*")
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_each_rule_is_sound(rule: Any) -> None:

@@ -46,6 +46,7 @@ def bound(model: nn.Sequential, x: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return (terms + 3) * (kind.eps / 2 * magnitude + underflow / 2)
 
 
+@pytest.mark.slow
 def test_conv_bn_is_sound() -> None:
     """On models drawn around its pattern: same outputs, nothing changed, all accounted for."""
     check_rule("conv_bn")
@@ -60,6 +61,7 @@ def test_a_fold_in_float64_is_exact(pair: strategies.Pair) -> None:
     assert [type(module) for module in fused.children()] == [type(pair.conv)]
 
 
+@pytest.mark.slow
 @given(strategies.pairs(torch.float32))
 def test_a_fold_in_float32_is_as_good_as_float32_can_be(pair: strategies.Pair) -> None:
     """The error against float64 is within the bound for one dot product in float32."""
@@ -69,6 +71,7 @@ def test_a_fold_in_float32_is_as_good_as_float32_can_be(pair: strategies.Pair) -
     assert (error <= bound(pair.model, pair.x, torch.float32)).all()
 
 
+@pytest.mark.slow
 @given(strategies.models())
 def test_a_model_in_float32_loses_no_more_than_without_a_fold(
     case: tuple[nn.Module, torch.Tensor],
@@ -88,6 +91,7 @@ def test_a_model_in_float32_loses_no_more_than_without_a_fold(
     assert by_result <= 4 * by_model + 109 * 2**-24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("mixed", [False, True], ids=["all half", "batch norm in float32"])
 def test_a_fold_in_half_precision(dtype: torch.dtype, mixed: bool) -> None:
@@ -111,6 +115,7 @@ def test_a_fold_in_half_precision(dtype: torch.dtype, mixed: bool) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @given(pair=strategies.pairs(decades=1.0))
 def test_a_complex_fold(pair: strategies.Pair, dtype: torch.dtype) -> None:

@@ -78,6 +78,7 @@ def transposed_convolutions(draw: Any) -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @given(convolutions())
 @example(nn.Conv2d(4, 6, 2, padding="same"))
 @example(nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2))
@@ -86,6 +87,7 @@ def test_a_norm_before_a_convolution(layer: nn.Module) -> None:
     rewritten(*norm_before(layer), backward.fold_norm_before)
 
 
+@pytest.mark.slow
 @given(transposed_convolutions())
 @example(nn.ConvTranspose2d(4, 6, 1, groups=2))
 @example(nn.ConvTranspose1d(4, 6, 1, dilation=2, output_padding=1))
@@ -147,6 +149,7 @@ def signed(first: str, second: str, swap: bool) -> Any:
     return forward
 
 
+@pytest.mark.slow
 @given(st.sampled_from("+-"), st.sampled_from("+-"), st.booleans(), st.permutations("abc"))
 def test_three_layers_that_are_added_and_subtracted(
     first: str, second: str, swap: bool, names: list[str]

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, Literal
 
 import fuzz
+import pytest
 import torch
 from fxrewrite.patterns.merge_siblings import of_any_size
 from hypothesis import assume, event, given, settings
@@ -26,6 +27,7 @@ rules = st.sampled_from(SETS).map(lambda name: [name]) | st.permutations(SETS).f
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=MODELS)
 @given(
     fuzz.cases(),

@@ -56,6 +56,7 @@ def test_a_zero_that_is_added_makes_no_bias() -> None:
     assert list(made.state_dict()) == ["conv.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dropout2d", "ignore:.*dropout.*")
 def test_all_rules_together_are_sound() -> None:
     """On models around each chain, and on sums of branches, they keep what each must keep."""
@@ -77,6 +78,7 @@ def flops(model: nn.Module, x: torch.Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_added(name: str) -> None:
     """No node, no number, no multiplication more than before; a second rewrite changes nothing."""
@@ -132,6 +134,7 @@ EXPORTED: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "decomposed"])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_an_exported_program_folds_alike(name: str, decomposed: bool) -> None:

@@ -12,6 +12,7 @@ import fxrewrite as fxr
 from fxrewrite.testing.written import written
 
 
+@pytest.mark.slow
 def test_inductor_compiles_what_the_rule_set_leaves():
     """The example of the issue that asked for it."""
     model, x = nets.Attention().eval(), torch.randn(2, 5, 4)

@@ -103,6 +103,7 @@ def ran(model: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
+@pytest.mark.slow
 @given(chains(), st.sampled_from(SETS))
 def test_an_example_decides_for_its_rank_and_type(case: Any, rules: str) -> None:
     """With example inputs, no input of their ranks and types gives another result.

@@ -189,6 +189,7 @@ def test_a_sum_that_is_not_meant_is_no_finding() -> None:
     assert not fxr.plan(model, "reparam").findings
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(strategies.branches())
 def test_merging_changes_no_result(case: Case) -> None:
@@ -323,6 +324,7 @@ def test_a_kernel_lies_where_it_read_before() -> None:
     assert made.a.kernel_size == (5, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repghostnet_050", "fastvit_t8"])
 def test_timms_blocks_become_what_timms_own_reparameterisation_makes_of_them(name: str) -> None:
     """As many convolutions are left, no more sums, no norm of a branch, and the same result."""

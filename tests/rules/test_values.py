@@ -234,6 +234,7 @@ def test_a_module_may_hold_tensors_of_any_kind(kind):
     exec(HOLDS.format(tensor=ODD[kind]), {})
 
 
+@pytest.mark.slow
 def test_a_module_may_hold_quantized_tensors():
     """In a process of its own: torch crashes when it is asked for the bytes of one."""
     program = HOLDS.format(tensor=ODD["quantized"])

@@ -89,6 +89,7 @@ def run(program: ExportedProgram, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs(copy.deepcopy(program).module(), x)
 
 
+@pytest.mark.slow
 @both
 def test_a_program_is_folded(decomposed: bool) -> None:
     """The result is valid, gives what the program gave for any batch, and the program stays."""
@@ -130,6 +131,7 @@ def test_the_state_dict_of_the_result(decomposed: bool) -> None:
     assert str(became["inner.2.running_var"]) == "folded into inner.0.weight, inner.0.bias"
 
 
+@pytest.mark.slow
 @both
 def test_the_result_goes_wherever_a_program_goes(decomposed: bool) -> None:
     """It is saved and loaded, decomposed, unflattened, and rewritten once more."""
@@ -214,6 +216,7 @@ def to_functions(m: Any) -> fxr.Call:
     return fxr.Call(function, torch.full((3, 1, 1), 2.0, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("rule", [to_modules, to_functions], ids=lambda rule: rule.name)
 def test_what_a_rule_makes_is_spelt_in_operators(rule: Any, decomposed: bool) -> None:
@@ -306,6 +309,7 @@ def test_verify_runs_both_programs() -> None:
     assert isinstance(made, ExportedProgram)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(strategies.models())
 def test_any_model_exported_folds_as_it_does_in_layers(model: Any) -> None:

@@ -40,6 +40,7 @@ def into_modules(model: nn.Module, x: torch.Tensor, applied: int) -> tuple[Any, 
     return made, report
 
 
+@pytest.mark.slow
 @given(strategies.models())
 def test_any_model_computes_the_same_and_stays_as_it_was(case: Case) -> None:
     """The copy equals the model to 1e-9 in float64; the model is untouched, object for object."""
@@ -56,6 +57,7 @@ def test_any_model_computes_the_same_and_stays_as_it_was(case: Case) -> None:
     assert {f.anchor for f in report.applied} <= {f.anchor for f in as_graph.applied}
 
 
+@pytest.mark.slow
 def test_of_these_models_many_are_rewritten() -> None:
     """Else the properties would hold of next to nothing, as where code can't be read."""
     rewritten: list[bool] = []

@@ -117,6 +117,7 @@ def test_a_wrong_rule_is_caught(name: str) -> None:
     assert "(norm): BatchNorm1d(" in said
 
 
+@pytest.mark.slow
 def test_a_failure_is_small_and_can_be_run_again() -> None:
     """What is reported is the smallest model found, and how to check it alone."""
     wrong = fxr.rule(pattern=fxr.chain(act=nn.Tanh), name="wrong")(lambda m: fxr.Bypass())
@@ -223,6 +224,7 @@ def adds_alike(m: SumOfTwo) -> str | None:
     return "they differ" if m.join.kwargs or one.weight.shape != two.weight.shape else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.usefixtures("_first_found")
 def test_a_pattern_with_branches(wrong: bool) -> None:

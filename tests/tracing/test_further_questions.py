@@ -87,6 +87,7 @@ def outcome(model: Any, args: Any) -> Any:
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ASKING)
 @pytest.mark.parametrize("into", ["graph", None])
 @pytest.mark.parametrize("first", [False, True])

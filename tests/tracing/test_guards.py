@@ -604,6 +604,7 @@ def asking(steps: list[str], default: Any) -> nn.Module:
     return model_of(Asking)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([*ASKING]), min_size=1, max_size=4),
     st.sampled_from([None, False, 1, "up"]),

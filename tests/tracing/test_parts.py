@@ -207,6 +207,7 @@ DETECTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norms"), DETECTION.items(), ids=list(DETECTION))
 def test_a_detection_model_folds_every_batch_norm_and_detects_the_same(
     name: str, norms: int

@@ -57,6 +57,7 @@ def blamed(found: fxr.verification.Localisation) -> list[tuple[str, str]]:
     return [(each.rule.name, each.finding.anchor) for each in found.guilty]
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(at=st.sets(st.integers(2, 8), min_size=1, max_size=2), wide=st.booleans())
 def test_the_wrong_sites_are_named_and_no_others(at: set[int], wide: bool) -> None:
@@ -115,6 +116,7 @@ def test_a_mistake_that_the_given_inputs_do_not_show() -> None:
     assert not found.may_be_more
 
 
+@pytest.mark.slow
 def test_more_than_can_be_named() -> None:
     """A rule that is wrong everywhere is named for its first sites, and that there may be more."""
     found = fxr.Rewriter(spoilt(*range(8))).localise(chain(6), X, most=2)
@@ -131,6 +133,7 @@ def test_a_mistake_too_small_for_float32_is_found_in_float64() -> None:
     assert blamed(found) == [("spoil", "3")]
 
 
+@pytest.mark.slow
 def test_what_rounds_by_itself_is_not_blamed() -> None:
     """A rule that computes in float32 is as right as a float32 model can show, and goes free."""
 
@@ -148,6 +151,7 @@ def test_what_rounds_by_itself_is_not_blamed() -> None:
     assert not found.exact.same
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_wrong_in_one_dtype_only() -> None:
     """What is right in float64 and wrong in float32 is found in float32, and that is said."""
 
@@ -195,6 +199,7 @@ def test_a_model_rewritten_in_parts_is_searched_too() -> None:
     assert blamed(found) == [("spoil", "first.4")]
 
 
+@pytest.mark.slow
 def test_many_small_differences() -> None:
     """Where no site is off by much and all together are, the last one is named as that."""
     rules = spoilt(*range(20), by=1 + 4e-6)
@@ -227,6 +232,7 @@ BREAKAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BREAKAGES)
 def test_a_site_that_breaks_the_model_is_named(how: str) -> None:
     """Whatever goes wrong after a site, it is that site; what follows NaN can't be told."""
@@ -328,6 +334,7 @@ def test_a_rewrite_is_done_again_as_far_as_a_site(rule: fxr.Rule[Any]) -> None:
     assert len({each.code for each in prefixes}) == count + 1
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(strategies.models())
 def test_a_rewrite_is_done_again_site_by_site(case: tuple[nn.Module, torch.Tensor]) -> None:

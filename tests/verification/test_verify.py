@@ -388,6 +388,7 @@ def test_the_allowed_error_can_be_given() -> None:
     assert not verify(*models, _X).same
 
 
+@pytest.mark.slow
 def test_rewriting_imports_nothing_that_takes_long() -> None:
     """What is there beside torch costs little, until example inputs need torch's fake tensors."""
     code = (
@@ -398,6 +399,7 @@ def test_rewriting_imports_nothing_that_takes_long() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_verifying_needs_no_command_line_packages() -> None:
     """The public functions import nothing that only the command line needs, or that is slow to."""
     code = (

@@ -173,12 +173,14 @@ REFUSED_IN_METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", REFUSED.values(), ids=list(REFUSED))
 def test_what_another_way_needs_as_it_is_stays(body: str) -> None:
     report = rewritten(made_of(forward(body, HOLDER)), applied=0)
     assert "<written" in report.refused[0].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "methods"), REFUSED_IN_METHODS.values(), ids=list(REFUSED_IN_METHODS)
 )
@@ -191,6 +193,7 @@ def test_what_a_method_needs_as_it_is_stays(body: str, methods: str) -> None:
 UNTRACED = "float(x.sum())\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", REFUSED.values(), ids=list(REFUSED))
 def test_it_stays_where_the_code_can_not_be_traced(body: str) -> None:
     report = rewritten(made_of(forward(UNTRACED + body, HOLDER)), applied=0)
@@ -413,6 +416,7 @@ def codes(draw: Any, conditions: list[str]) -> str:
 EXAMPLES = 5_000 if settings.get_current_profile_name() == "long" else 80
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(codes(CONDITIONS), st.booleans())
 def test_a_forward_of_any_code_stays_right_on_every_way(code: str, traced: bool) -> None:
@@ -422,6 +426,7 @@ def test_a_forward_of_any_code_stays_right_on_every_way(code: str, traced: bool)
     assert_same(model, made)
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(
     codes(["flag", "n > 1", "x.shape[0] == 1", "x.sum() > 0", *CONDITIONS]),
