@@ -27,6 +27,10 @@ _attributes_of = operator.attrgetter(*_ATTRIBUTES)
 _Path: TypeAlias = "tuple[_Path, str] | None"
 
 
+# The dictionaries and sets in which every module keeps its tensors, submodules and hooks.
+_OF_REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+
+
 class Stamp:
     """What of modules and tensors can be compared within microseconds: entries, and torch's counts.
 
@@ -45,6 +49,7 @@ class Stamp:
     def __init__(self, things: Iterable[Any]) -> None:
         self._entries: list[tuple[str, Any, Any]] = []
         self._versions: list[tuple[str, torch.Tensor, object]] = []
+        self._empty: list[Any] = []
         for each in things:
             if isinstance(each, nn.Module):
                 for module in each.modules() if each._modules else (each,):
@@ -54,9 +59,11 @@ class Stamp:
 
     def _add(self, kind: str, state: dict[str, Any]) -> None:
         self._entries.append((kind, state, state.copy()))
-        for registry in state.values():
-            if isinstance(registry, dict | set):
+        for registry in map(state.get, _OF_REGISTRIES):
+            if registry:
                 self._entries.append((kind, registry, registry.copy()))
+            elif registry is not None:
+                self._empty.append(registry)
         for held in (state["_parameters"], state["_buffers"]):
             for key, each in held.items():
                 if each is not None:
@@ -65,14 +72,19 @@ class Stamp:
     def __enter__(self) -> Stamp:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for _kind, now, before in () if error is None else self._entries:
-            if not _same_entries(now, before):
-                now.clear()
-                now.update(before)
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        if error is not None:
+            for _, now, before in self._entries:
+                if not _same_entries(now, before):
+                    now.clear()
+                    now.update(before)
+            for registry in filter(None, self._empty):
+                registry.clear()
 
     def difference(self) -> str | None:
         """The first thing that has changed since, in words, or None."""
+        if any(self._empty):
+            return "a hook, a tensor or a submodule that was not there"
         for kind, now, before in self._entries:
             if not _same_entries(now, before):
                 keys = (str(key) for key in {**dict.fromkeys(now), **dict.fromkeys(before)})
@@ -86,8 +98,6 @@ class Stamp:
 
 
 def _same_entries(now: Any, before: Any) -> bool:
-    if not now or not before:
-        return not now and not before
     if isinstance(now, set):
         return bool(now == before)
     return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
