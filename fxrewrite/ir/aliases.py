@@ -24,16 +24,6 @@ from .op_traits import (
 )
 from .overlay import Overlay
 
-_HAND_ON = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-
 
 def written_by(node: fx.Node, view: Overlay) -> list[fx.Node]:
     """The values that a node writes to in place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -25,10 +25,7 @@ _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(tor
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
 
 _Path: TypeAlias = "tuple[_Path, str] | None"
-
-
-# The dictionaries and sets in which every module keeps its tensors, submodules and hooks.
-_OF_REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+_Part = TypeVar("_Part", bound="_Container | _Tensor")
 
 
 class Stamp:
@@ -47,24 +44,20 @@ class Stamp:
     """
 
     def __init__(self, things: Iterable[Any]) -> None:
-        self._entries: list[tuple[str, Any, Any]] = []
+        self._parts: list[_Container] = []
         self._versions: list[tuple[str, torch.Tensor, object]] = []
-        self._empty: list[Any] = []
         for each in things:
             if isinstance(each, nn.Module):
                 for module in each.modules() if each._modules else (each,):
-                    self._add(type(module).__name__, module.__dict__)
+                    self._add(type(module).__name__, module)
             elif isinstance(each, torch.Tensor):
                 self._versions.append(("Tensor", each, version_of(each)))
 
-    def _add(self, kind: str, state: dict[str, Any]) -> None:
-        self._entries.append((kind, state, state.copy()))
-        for registry in map(state.get, _OF_REGISTRIES):
-            if registry:
-                self._entries.append((kind, registry, registry.copy()))
-            elif registry is not None:
-                self._empty.append(registry)
-        for held in (state["_parameters"], state["_buffers"]):
+    def _add(self, kind: str, module: nn.Module) -> None:
+        registries = tuple(map(module.__dict__.get, (*_REGISTRIES, *_RARELY_FILLED)))
+        self._parts.append(_Module((None, kind), module, registries))
+        self._parts += [_Container((None, kind), each) for each in registries if each]
+        for held in (module._parameters, module._buffers):
             for key, each in held.items():
                 if each is not None:
                     self._versions.append((f"{kind}.{key}", each, version_of(each)))
@@ -72,35 +65,19 @@ class Stamp:
     def __enter__(self) -> Stamp:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
-            for _, now, before in self._entries:
-                if not _same_entries(now, before):
-                    now.clear()
-                    now.update(before)
-            for registry in filter(None, self._empty):
-                registry.clear()
+            for part, _name in _changes(self._parts):
+                part.restore()
 
     def difference(self) -> str | None:
         """The first thing that has changed since, in words, or None."""
-        if any(self._empty):
-            return "a hook, a tensor or a submodule that was not there"
-        for kind, now, before in self._entries:
-            if not _same_entries(now, before):
-                keys = (str(key) for key in {**dict.fromkeys(now), **dict.fromkeys(before)})
-                is_dict = isinstance(now, dict) and isinstance(before, dict)
-                others = (k for k in keys if not is_dict or now.get(k, 0) is not before.get(k, 1))
-                return f"{kind}.{next(others, '')}"
-        for tensor_name, tensor, version in self._versions:
+        for _part, name in _changes(self._parts):
+            return name
+        for name, tensor, version in self._versions:
             if version_of(tensor) != version:
-                return f"the tensor {tensor_name}"
+                return f"the tensor {name}"
         return None
-
-
-def _same_entries(now: Any, before: Any) -> bool:
-    if isinstance(now, set):
-        return bool(now == before)
-    return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
 
 
 class Snapshot:
@@ -188,22 +165,24 @@ class Snapshot:
         Args:
             versions: whether a tensor that was written to, and holds what it held, has changed.
         """
-        for part, name in self._changes(versions):
+        for part, name in _changes(self._parts, versions):
             return f"the tensor {name}" if isinstance(part, _Tensor) else name
         return None
 
     def restore(self) -> list[str]:
         """Put everything back as it was, and name what was changed, or at least written to."""
         found = []
-        for part, name in self._changes(versions=True):
+        for part, name in _changes(self._parts):
             found.append(name)
             part.restore()
         return found
 
-    def _changes(self, versions: bool) -> Iterator[tuple[_Container | _Tensor, str]]:
-        for part in self._parts:
-            if (key := part.change(versions)) is not None:
-                yield part, ".".join(filter(None, _keys((part.path, key))))
+
+def _changes(parts: Iterable[_Part], versions: bool = True) -> Iterator[tuple[_Part, str]]:
+    """The parts that have changed, and what has changed of each, by name."""
+    for part in parts:
+        if (key := part.change(versions)) is not None:
+            yield part, ".".join(filter(None, _keys((part.path, key))))
 
 
 def _keys(path: _Path) -> list[str]:

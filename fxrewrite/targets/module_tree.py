@@ -1,8 +1,4 @@
-"""Where a rewrite goes, a graph module or a module tree: what may land there, and what is made.
-
-Finding and deciding don't know which. The engine edits its view either way; before it commits, it
-asks the destination whether the site may land there.
-"""
+"""A rewrite into the model's own module tree: what may land there, and what is made."""
 
 from __future__ import annotations
 
