@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from ..ir.op_traits import updated_statistics
+from ..ir.op_traits import CALLS, traits_of_type
 
 Arguments = dict[str, Any]
 """A call's arguments by name, tensors of the model as they are."""
@@ -203,7 +203,8 @@ class BatchNormMeaning(Meaning):
 
     @override
     def updates(self, given: Arguments) -> tuple[str, ...]:
-        return updated_statistics(given)
+        updates = given.get("running_mean") is not None
+        return CALLS["batch_norm"].written(given) if updates else ()
 
     @override
     def lower(self, module: Any) -> Arguments | None:
@@ -260,24 +261,12 @@ class ActivationMeaning(Meaning):
         return {**spelt, "inplace": getattr(module, "inplace", False)}
 
 
-_ACTIVATIONS: tuple[Any, ...] = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
-)
-_KEEP_RANK: frozenset[Any] = frozenset(
-    (
-        *(nn.Linear, nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout),
-        *(*BATCH_NORMS, *DROPOUTS, *_ACTIVATIONS),
-    )
-)
-
-
-def output_rank(kinds: tuple[type[nn.Module], ...], input_rank: int | None) -> int | None:
+def output_rank(kinds: tuple[Any, ...], input_rank: int | None) -> int | None:
     """How many dimensions the output of a module of one of these types has, where types tell."""
     told = {**_RANK_OF, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(kinds[0])
     if len(kinds) == 1 and told is not None:
         return told
-    return input_rank if _KEEP_RANK.issuperset(kinds) else None
+    return input_rank if all(traits_of_type(kind).keeps for kind in kinds) else None
 
 
 def _around(module: nn.Module, **tensors: torch.Tensor | None) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import fx
 from ..ir.arguments import is_default
 from ..ir.describe import Seen
 from ..ir.graph_view import GraphView
-from ..ir.op_traits import is_commutative
+from ..ir.op_traits import traits_of
 from ..rules.spec import Branch, Pattern, Step
 from .match import Link, Miss, Site
 
@@ -231,7 +231,7 @@ def _orders(
     # With a further argument, such as torch.add's alpha, the sides may differ.
     further = {k: v for k, v in view.arguments(node).items() if k not in inputs}
     is_plain = all(is_default(view.callee(node), k, v) for k, v in further.items())
-    is_symmetric = is_plain and is_commutative(node)
+    is_symmetric = is_plain and traits_of(node, view.module(node)).commutative
     return (itertools.permutations if is_symmetric else itertools.combinations)(entries, count)
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from ..ir.aliases import is_fresh
 from ..ir.describe import Seen, describe, name_of
 from ..ir.graph_view import GraphView
-from ..ir.strides import strides_observable
+from ..ir.tensor_metadata import strides_observable
 from ..module_utils.parametrization import without_parametrizations
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import fx
 
-from .op_traits import Trait, called_name, traits_of_name
+from .op_traits import traits_of
 
 
 def is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
     """Whether a node reads a tensor of the model, or computes something of `known` alone."""
     if node.op == "get_attr":
         return True
-    if Trait.PURE not in traits_of_name(called_name(node)):
+    if not traits_of(node, None).pure:
         return False
     read = node.all_input_nodes
     return bool(read) and known.issuperset(read) and "out" not in node.kwargs

@@ -12,7 +12,7 @@ from ..module_utils.hooks import runs_its_forward_alone
 from ..module_utils.torch_private import OpOverload
 from .aliases import is_fresh_module, written_by
 from .describe import name_of
-from .op_traits import Trait, base_name, traits_of_name
+from .op_traits import base_name, traits_of
 from .overlay import Overlay
 
 
@@ -25,9 +25,9 @@ def can_be_out_of_place(reader: fx.Node, value: fx.Node, view: Overlay) -> bool:
 
 def make_out_of_place(reader: fx.Node, view: Overlay) -> None:
     """Let it make new storage."""
-    changed = _out_of_place(reader, view)
-    assert changed is not None
-    target, kwargs = changed
+    other = _out_of_place(reader, view)
+    assert other is not None
+    target, kwargs = other
     if reader.op == "call_module":
         old, name = view.module(reader), name_of(reader)
         name = name if old is not None and view.only_user(old) else view.free_name(name)
@@ -43,20 +43,17 @@ def make_out_of_place(reader: fx.Node, view: Overlay) -> None:
 
 def _out_of_place(reader: fx.Node, view: Overlay) -> tuple[Any, dict[str, Any] | None] | None:
     """What it would call instead, and its arguments by keyword where they change."""
-    module = view.module(reader)
+    module, target = view.module(reader), reader.target
+    if not traits_of(reader, module).activation:
+        return None
     if module is not None:
         if "inplace" not in module.__dict__ or module._modules or module.training:
             return None
-        out_of_place = evolve(module, inplace=False)
-        is_activation = type(module).__module__ == torch.nn.modules.activation.__name__
-        is_plain = is_activation and runs_its_forward_alone(module)
-        return (out_of_place, None) if is_plain and is_fresh_module(out_of_place) else None
+        new = evolve(module, inplace=False)
+        return (new, None) if runs_its_forward_alone(module) and is_fresh_module(new) else None
     if reader.op == "call_method":
-        name = str(reader.target).removesuffix("_")
-        return (name, None) if Trait.ACTIVATION in traits_of_name(name) else None
-    target, name = reader.target, base_name(reader.target).removesuffix("_")
-    if Trait.ACTIVATION not in traits_of_name(name):
-        return None
+        return str(target).removesuffix("_"), None
+    name = base_name(target).removesuffix("_")
     if isinstance(target, OpOverload):
         return getattr(torch.ops.aten, name).default, None
     kwargs = {k: v for k, v in view.arguments(reader).items() if k != "input"}

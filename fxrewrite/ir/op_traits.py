@@ -1,206 +1,268 @@
-"""What is known of torch's operations: one row for each, and caution for what has none.
+"""What each operation does, said once: one row for a call's plain name, one for a type of module.
 
-A row is found by an operation's plain name, whether it is called as a function of torch, an
-operator of Python, a method or an ATen overload; `relu_` and `operator.iadd` have the rows of
-`relu` and `add`. The facts are those of torch's documentation. The tests hold each row to what
-torch does.
+`a + b`, `torch.add`, `a.add`, `a.add_` and `torch.ops.aten.add.Tensor` draw on one row. What has no
+row may do anything. Rows hold what torch's documentation says; what its schemas and signatures say
+(arguments written to, a flag `inplace`, names ending in `_`) is read from them. `tests` hold each
+row to what torch does.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import attrs
 from torch import fx, nn
+from torch.nn import modules
 
 from ..module_utils.subclassing import overridden
-from ..module_utils.torch_private import OpOverload, operator_name
-
-
-class Trait(enum.Flag):
-    """What an operation does; an operation that lacks a trait may do otherwise."""
-
-    NONE = 0
-    FRESH = enum.auto()  # gives new storage, unless it writes in place
-    KEEPS = (
-        enum.auto()
-    )  # gives the shape, dtype and device of what it reads, or raises; under autocast, too
-    IN_PLACE_KEEPS = enum.auto()  # where it writes in place, it changes numbers alone
-    PURE = enum.auto()  # depends on nothing but its arguments, and writes to none of them
-    COMMUTATIVE = enum.auto()  # the order of its two operands makes no difference
-    ACTIVATION = (
-        enum.auto()
-    )  # a function of each number of one value by itself; its settings are plain numbers
-    ANY_STRIDES = (
-        enum.auto()
-    )  # gives the same numbers whatever the strides are, in new storage or a view
-    VIEW = enum.auto()  # gives a view, and raises where the strides allow none
-    SPLITS = enum.auto()  # gives parts of what it reads
-    ASKS = enum.auto()  # reads nothing of a tensor but its metadata, and gives no tensor
-    LIKE = (
-        enum.auto()
-    )  # gives a new tensor with the shape, dtype, device and strides of what it reads
-    NEW = enum.auto()  # gives a new tensor with the dtype and device of what it reads
-    AS_OTHER = enum.auto()  # takes from its second argument what the first is to become
-    UPDATES = enum.auto()  # in training mode it writes to the running statistics that it is given
-    HANDS_ON = enum.auto()  # in eval mode it returns its very input
-    LAYER = enum.auto()  # the weight decides all but the leading sizes of what it gives
-
-
-_T = Trait
-_STEADY = _T.KEEPS | _T.IN_PLACE_KEEPS
-_POINTWISE = _T.FRESH | _T.IN_PLACE_KEEPS
-_SHAPED = _T.ANY_STRIDES | _T.PURE
-
-_OPERATIONS: tuple[tuple[Trait, str], ...] = (
-    (_T.FRESH, "addmm avg_pool1d avg_pool2d avg_pool3d baddbmm bmm cat cos gelu group_norm log"),
-    (
-        _T.FRESH,
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d layer_norm",
-    ),
-    (_T.FRESH, "linear log_softmax logical_not matmul max_pool1d max_pool2d max_pool3d mean mm"),
-    (_T.FRESH, "scaled_dot_product_attention sin softmax softplus stack sum"),
-    (_T.FRESH | _T.PURE, "abs pow reciprocal rsqrt truediv true_divide"),
-    (_T.FRESH | _T.COMMUTATIVE, "logical_or logical_and"),
-    (_T.COMMUTATIVE, "multiply maximum minimum logical_xor and_ or_ xor"),
-    (_T.COMMUTATIVE, "bitwise_and bitwise_or bitwise_xor"),
-    (_POINTWISE, "addcmul"),
-    (_POINTWISE | _T.PURE, "div exp neg sqrt sub"),
-    (_POINTWISE | _T.PURE | _T.COMMUTATIVE, "add mul"),
-    (_T.FRESH, "rsub"),
-    (_T.IN_PLACE_KEEPS, "clamp copy fill zero"),
-    (_T.IN_PLACE_KEEPS | _T.ANY_STRIDES, "masked_fill"),
-    (_T.FRESH | _T.ACTIVATION, "selu"),
-    (_POINTWISE | _T.ACTIVATION, "hardsigmoid"),
-    (_POINTWISE | _T.ACTIVATION | _T.PURE, "sigmoid tanh"),
-    (_T.FRESH | _STEADY | _T.ACTIVATION, "elu hardswish hardtanh leaky_relu mish relu relu6 silu"),
-    (_STEADY, "gelu alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout"),
-    (_STEADY | _T.ANY_STRIDES, "dropout"),
-    (_T.FRESH | _STEADY | _T.UPDATES, "batch_norm"),
-    (_T.UPDATES, "native_batch_norm cudnn_batch_norm miopen_batch_norm"),
-    (_T.FRESH | _STEADY | _T.PURE, "clone"),
-    (_STEADY | _SHAPED, "contiguous detach"),
-    (_SHAPED, "double expand flatten float getitem permute reshape squeeze t transpose"),
-    (_SHAPED, "unflatten unsqueeze"),
-    (_SHAPED | _T.AS_OTHER, "to"),
-    (
-        _T.ANY_STRIDES,
-        "bfloat16 einsum half movedim narrow repeat select swapaxes type unbind where",
-    ),
-    (_T.ANY_STRIDES | _T.SPLITS, "chunk split split_with_sizes"),
-    (_T.VIEW | _T.PURE, "view"),
-    (_T.VIEW, "_unsafe_view"),
-    (_T.AS_OTHER, "expand_as view_as reshape_as type_as"),
-    (_T.ASKS, "size dim ndimension numel nelement sym_size sym_numel __len__"),
-    (_T.LIKE, "zeros_like ones_like full_like empty_like"),
-    (_T.NEW, "new_zeros new_ones new_full new_empty"),
+from ..module_utils.torch_private import (
+    OpOverload,
+    OpOverloadPacket,
+    operator_name,
+    written_arguments,
 )
 
-# A row of a module's type holds for subclasses that override nothing of it.
-_MODULES: tuple[tuple[Trait, tuple[type[nn.Module], ...]], ...] = (
-    (_T.KEEPS, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
-    (_T.KEEPS, (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish)),
-    (_T.KEEPS, (nn.Hardswish,)),
-    (_T.KEEPS | _T.HANDS_ON, (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)),
-    (_T.KEEPS | _T.HANDS_ON, (nn.AlphaDropout, nn.FeatureAlphaDropout)),
-    (_T.LAYER, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)),
-    (_T.LAYER, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
-    (_T.ANY_STRIDES, (nn.Flatten, nn.Unflatten)),
-)
-_FRESH_FAMILIES = frozenset(
-    f"torch.nn.modules.{family}"
-    for family in ("activation", "batchnorm", "conv", "linear", "normalization", "pooling")
-)
-
-METADATA = frozenset({"shape", "dtype", "device", "ndim"})
-"""The attributes of a tensor that say nothing of its numbers."""
-
-IN_PLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in dir(operator)
-    if name.startswith("i") and hasattr(operator, f"__{name}__")
-} | {operator.setitem}
-_IN_PLACE_METHODS = {f"__{function.__name__}__" for function in IN_PLACE_OPERATORS}
-# An operator of Python is called as no function of torch is, even where it does the same.
-_SAME_AS = {"iadd": "add", "imul": "mul"}
+FIRST, ALL = "the first argument", "all arguments"
 
 
-def _rows() -> dict[str, Trait]:
-    rows: dict[str, Trait] = {}
-    for traits, names in _OPERATIONS:
-        for name in names.split():
-            rows[name] = rows.get(name, Trait.NONE) | traits
-    return rows
+@attrs.frozen(kw_only=True)
+class OpTraits:
+    """What is known of an operation; by default, what must be assumed of any.
 
-
-BY_NAME = _rows()
-BY_TYPE: dict[Any, Trait] = {kind: traits for traits, kinds in _MODULES for kind in kinds}
-
-
-def traits_of_name(name: str) -> Trait:
-    """What is known of a method, or of another operation by its plain name, called out of place.
-
-    >>> Trait.FRESH in traits_of_name("relu"), traits_of_name("relu_")
-    (True, <Trait.NONE: 0>)
+    Args:
+        fresh: gives new storage, unless it is told where to write.
+        hands_on: gives its first argument itself; a module, in eval mode.
+        writes: the arguments that it writes to, by name.
+        writes_if: the flag without which it does not, and what that is by default.
+        pointwise: changes nothing but numbers where it writes.
+        keeps: what its output has of its input: the number of dimensions, or shape, dtype, device.
+        pure: its arguments alone decide what it gives, so it may be computed once and for all.
+        commutative: gives the same with its first two arguments exchanged.
+        activation: makes new storage under the same name without `_`, or without `inplace`.
+        layer: shape, dtype and device of its output follow from its input's and its own tensors',
+            and it lays them out in one of torch's own formats.
+        strides: what the strides of its input change: it may be `observed`, or the same numbers
+            come out for `any`, in parts (`split`), if they are `fitting`, or `contiguous`.
+        asks: what it reads no number of: the first argument, for its `metadata`, to make another
+            tensor `like` it or on its device (`new`), or the second one (`other`).
+        gives: the type of its result.
     """
-    return BY_NAME.get(name, Trait.NONE)
+
+    fresh: bool = False
+    hands_on: bool = False
+    writes: tuple[str, ...] = ()
+    writes_if: tuple[str, bool] | None = None
+    pointwise: bool = False
+    keeps: Literal["", "rank", "metadata"] = ""
+    pure: bool = False
+    commutative: bool = False
+    activation: bool = False
+    layer: bool = False
+    strides: Literal["observed", "any", "split", "fitting", "contiguous"] = "observed"
+    asks: Literal["", "metadata", "like", "new", "other"] = ""
+    gives: Literal["", "tensor", "tensor first", "number", "size", "several"] = ""
+
+    def written(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """The arguments that a call with these arguments writes to."""
+        is_off = self.writes_if is not None and not given.get(*self.writes_if)
+        return () if is_off else self.writes
 
 
-@functools.lru_cache(maxsize=4096)
-def traits_of_function(function: Any) -> Trait:
-    """What is known of a function of torch or an operator of Python, called out of place."""
-    return traits_of_name(base_name(function)) if is_torch(function) else Trait.NONE
+UNKNOWN = OpTraits()
+_new = functools.partial(OpTraits, fresh=True, gives="tensor")
+_view = functools.partial(OpTraits, strides="any", gives="tensor")
+_asks = functools.partial(OpTraits, asks="metadata")
+_norm = functools.partial(OpTraits, pointwise=True, writes=("running_mean", "running_var"))
+
+_CALLS = {
+    # What computes with numbers.
+    "elu gelu hardswish hardtanh leaky_relu mish relu relu6 selu silu": _new(
+        pointwise=True, keeps="metadata", activation=True
+    ),
+    "hardsigmoid": _new(pointwise=True, activation=True),
+    "sigmoid tanh": _new(pointwise=True, activation=True, pure=True),
+    "add mul": _new(pointwise=True, commutative=True, pure=True),
+    "abs div exp neg pow reciprocal rsqrt sqrt sub true_divide truediv": _new(
+        pointwise=True, pure=True
+    ),
+    "addcmul cos log logical_not sin": _new(pointwise=True),
+    "bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor maximum minimum "
+    "multiply": _new(pointwise=True, commutative=True),
+    # Python's own operators work with other values, too.
+    "and or xor": OpTraits(pointwise=True, commutative=True),
+    "concat floordiv lshift mod rshift": OpTraits(pointwise=True),
+    "setitem": OpTraits(pointwise=True, writes=(FIRST,)),
+    "addmm avg_pool1d avg_pool2d avg_pool3d baddbmm bmm cat conv1d conv2d conv3d conv_transpose1d "
+    "conv_transpose2d conv_transpose3d group_norm layer_norm linear log_softmax matmul max_pool1d "
+    "max_pool2d max_pool3d mean mm rsub scaled_dot_product_attention softmax softplus stack "
+    "sum": _new(),
+    "clone": _new(pointwise=True, keeps="metadata", pure=True),
+    "clamp copy fill zero": OpTraits(pointwise=True),
+    "masked_fill": _view(pointwise=True),
+    # These update statistics, which only some of their schemas say.
+    "batch_norm": _norm(
+        fresh=True, gives="tensor", keeps="metadata", writes_if=("training", False)
+    ),
+    "_batch_norm_impl_index cudnn_batch_norm miopen_batch_norm native_batch_norm": _norm(
+        writes_if=("training", False)
+    ),
+    "instance_norm": _norm(writes_if=("use_input_stats", True)),
+    "alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout": OpTraits(
+        pointwise=True, keeps="metadata", strides="any"
+    ),
+    # What gives the same numbers, in new storage or a view.
+    "detach": _view(pointwise=True, keeps="metadata", pure=True),
+    "contiguous": _view(pointwise=True, keeps="metadata", pure=True, strides="contiguous"),
+    "double expand flatten float permute reshape squeeze t transpose unflatten unsqueeze": _view(
+        pure=True
+    ),
+    "bfloat16 half movedim narrow repeat select swapaxes": _view(),
+    "einsum type where": OpTraits(strides="any"),  # the last two may give no tensor
+    "getitem": OpTraits(strides="any", pure=True),
+    "to": _view(pure=True, asks="other"),
+    "view": _view(pure=True, strides="fitting"),
+    "_unsafe_view": _view(strides="fitting"),
+    "chunk split split_with_sizes": OpTraits(strides="split", gives="several"),
+    "unbind": OpTraits(strides="any", gives="several"),
+    "item max min sort tensor_split tolist topk": OpTraits(gives="several"),
+    # What asks for metadata alone.
+    "size sym_size": _asks(gives="size"),
+    "dim element_size len ndimension nelement numel sym_numel": _asks(gives="number"),
+    "expand_as reshape_as type_as view_as": OpTraits(asks="other", gives="tensor"),
+    "empty_like full_like ones_like zeros_like": OpTraits(asks="like", gives="tensor"),
+    "new_empty new_full new_ones new_zeros": OpTraits(asks="new", gives="tensor"),
+}
+# What `getattr` gives, and whether it is of a tensor's metadata.
+_ATTRIBUTES = {
+    "shape": _asks(gives="size"),
+    "ndim": _asks(gives="number"),
+    "device dtype": _asks(),
+    "T data": OpTraits(gives="tensor"),
+}
+
+_keeping = functools.partial(_new, keeps="metadata")
+_MODULES: dict[tuple[type[nn.Module], ...], OpTraits] = {
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm): _keeping(),
+    (nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU,
+     nn.SiLU): _keeping(activation=True),
+    (nn.Hardsigmoid, nn.PReLU, nn.Sigmoid, nn.Tanh): _new(keeps="rank", activation=True),
+    (nn.Linear,): _new(keeps="rank", layer=True),
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+     nn.ConvTranspose3d): _new(layer=True),
+    (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+     nn.FeatureAlphaDropout): OpTraits(keeps="metadata", hands_on=True, strides="any"),
+    (nn.Flatten, nn.Unflatten): OpTraits(strides="any"),
+    (nn.MultiheadAttention,): OpTraits(fresh=True, gives="several"),
+    (nn.RNN, nn.LSTM, nn.GRU): OpTraits(gives="tensor first"),
+}  # fmt: skip
+# Of these families of torch all types make new storage.
+_FAMILIES = {
+    modules.activation: _new(activation=True),
+    **dict.fromkeys(
+        (modules.batchnorm, modules.conv, modules.linear, modules.normalization, modules.pooling),
+        _new(),
+    ),
+}
+
+CALLS = {name: row for names, row in _CALLS.items() for name in names.split()}
+ATTRIBUTES = {name: row for names, row in _ATTRIBUTES.items() for name in names.split()}
+MODULES: dict[Any, OpTraits] = {
+    kind: row
+    for family, row in _FAMILIES.items()
+    for kind in vars(family).values()
+    if isinstance(kind, type) and kind.__module__ == family.__name__
+} | {kind: row for kinds, row in _MODULES.items() for kind in kinds}
+
+# By what name the operators of Python are known here that work in place: `iadd`, not `invert`.
+_IN_PLACE = {
+    name: f"{name[1:]}_"
+    for name in dir(operator)
+    if name[0] == "i" and hasattr(operator, f"__{name}__")
+    if hasattr(operator, name[1:]) or hasattr(operator, f"{name[1:]}_")
+}
 
 
-def traits_in_place(name: str) -> Trait:
-    """What is known of the operation whose form in place has this name, `relu_` or `iadd`."""
-    name = _SAME_AS.get(name, name)
-    return traits_of_name(name if name in BY_NAME else name.removesuffix("_"))
+def traits_of(node: fx.Node, module: nn.Module | None) -> OpTraits:
+    """What the operation of a node does, `module` being what it calls, if that is a module."""
+    if module is not None:
+        return traits_of_module(module)
+    if node.op == "call_method":
+        return traits_of_method(str(node.target))
+    if node.op != "call_function":
+        return UNKNOWN
+    if node.target is getattr:
+        return ATTRIBUTES.get(str(node.args[1]), UNKNOWN) if len(node.args) > 1 else UNKNOWN
+    return traits_of_function(node.target)
 
 
-def traits_of_module(module: nn.Module | None) -> Trait:
-    """What is known of calling a module, as far as its forward is that of a type of torch."""
+def traits_of_module(module: nn.Module | None) -> OpTraits:
+    """What a module does, by its type."""
     kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
-    return _traits_of_type(kind)
+    return traits_of_type(kind)
 
 
 @functools.lru_cache(maxsize=4096)
-def _traits_of_type(kind: type[Any]) -> Trait:
-    base = next((each for each in kind.__mro__ if each in BY_TYPE), None)
-    traits = BY_TYPE[base] if base is not None and overridden(kind, base) is None else Trait.NONE
-    family = next((each for each in kind.__mro__ if each.__module__ in _FRESH_FAMILIES), None)
-    is_fresh = family not in (None, nn.Identity) and overridden(kind, family) is None
-    return traits | Trait.FRESH if is_fresh else traits
+def traits_of_type(kind: Any) -> OpTraits:
+    """What a type of module does, or the one that it is derived from without any difference."""
+    base = next((each for each in kind.__mro__ if each in MODULES), None)
+    return MODULES[base] if base is not None and overridden(kind, base) is None else UNKNOWN
 
 
-def is_commutative(node: fx.Node) -> bool:
-    """Whether a node calls a function for which the order of two operands makes no difference."""
-    is_function = node.op == "call_function" and is_torch(node.target)
-    return is_function and Trait.COMMUTATIVE in traits_in_place(base_name(node.target))
+@functools.lru_cache(maxsize=4096)
+def traits_of_method(name: str) -> OpTraits:
+    """What a method of a tensor does."""
+    return _named(_of_python(name) if name.startswith("__") else name)
 
 
-def updated_statistics(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """The arguments of a batch norm that a call with these arguments writes to."""
-    is_updating = arguments.get("training", False) and arguments.get("running_mean") is not None
-    return ("running_mean", "running_var") if is_updating else ()
+@functools.lru_cache(maxsize=4096)
+def traits_of_function(function: Any) -> OpTraits:
+    """What a function does, an operator of Python or an overload of torch's."""
+    name = base_name(function)
+    row = _named(name) if name else _named(getattr(function, "__name__", ""), {})
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        mutable = _mutable_arguments(function)
+        return attrs.evolve(row, writes=row.writes + mutable, writes_if=None) if mutable else row
+    code = getattr(function, "__code__", None)
+    if not row.writes and code is not None and "inplace" in code.co_varnames[: code.co_argcount]:
+        return attrs.evolve(row, writes=(FIRST,), writes_if=("inplace", False))
+    return row
+
+
+def _named(name: str, rows: Mapping[str, OpTraits] = CALLS) -> OpTraits:
+    """The row of a name; a name with `_` behind it is the form that writes to what it reads."""
+    if name in rows or not name.endswith("_") or name.endswith("__"):
+        return rows.get(name, UNKNOWN)
+    row = rows.get(name[:-1], UNKNOWN)
+    return attrs.evolve(
+        row,
+        fresh=False,
+        hands_on=row.fresh or row.pointwise,
+        writes=(FIRST,),
+        writes_if=None,
+        pure=False,
+        strides="observed",
+        asks="",
+        gives="",
+    )
 
 
 def base_name(function: Any) -> str:
-    """What a function or operator is called, without its namespace and overload."""
-    if isinstance(function, OpOverload):
-        return operator_name(function).rpartition("::")[2]
-    return getattr(function, "__name__", "")
+    """What torch calls one of its functions, without namespace and overload; "" of any other."""
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        namespace, _, name = operator_name(_overloads(function)[0]).partition("::")
+        return name if namespace == "aten" else ""
+    name = getattr(function, "__name__", "")
+    if function is len or getattr(function, "__module__", None) == "_operator":
+        return _of_python(name)
+    return name if is_torch(function) else ""
 
 
-def called_name(node: fx.Node) -> str:
-    """The name of a method, or of a function of torch; empty for anything else."""
-    if node.op == "call_method":
-        return str(node.target)
-    is_known = node.op == "call_function" and is_torch(node.target)
-    return base_name(node.target) if is_known else ""
+def _of_python(name: str) -> str:
+    plain = name.strip("_")
+    return _IN_PLACE.get(plain, plain)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,19 +272,14 @@ def is_torch(function: Any) -> bool:
     return module == "_operator" or module.partition(".")[0] == "torch"
 
 
-def is_in_place_name(name: str) -> bool:
-    """Whether a method or function of that name writes in place."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
+def _overloads(operator: OpOverload | OpOverloadPacket) -> list[OpOverload]:
+    if isinstance(operator, OpOverload):
+        return [operator]
+    return [getattr(operator, name) for name in operator.overloads()]  # type: ignore[no-untyped-call]
 
 
-@functools.lru_cache(maxsize=4096)
-def writes_first_argument(function: Any) -> bool:
-    """Whether a function writes to its first argument, by what it is called."""
-    return function in IN_PLACE_OPERATORS or is_in_place_name(getattr(function, "__name__", ""))
-
-
-@functools.lru_cache(maxsize=4096)
-def has_inplace_argument(function: Any) -> bool:
-    """Whether a Python function has a flag that makes it write in place."""
-    code = getattr(function, "__code__", None)
-    return code is not None and "inplace" in code.co_varnames[: code.co_argcount]
+def _mutable_arguments(operator: OpOverload | OpOverloadPacket) -> tuple[str, ...]:
+    """The arguments that a schema says are written to, by any overload where that is not told."""
+    told = [written_arguments(each) for each in _overloads(operator)]
+    names = [name for each in told for name in ((ALL,) if each is None else each)]
+    return tuple("input" if name == "self" else name for name in names)

@@ -10,21 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..ir.aliases import is_fresh_function, is_fresh_module
-from ..ir.op_traits import is_torch
+from ..ir.op_traits import OpTraits, is_torch, traits_of, traits_of_module
 
 _ARITHMETIC = {
-    getattr(operator, name) for name in "add sub mul floordiv truediv mod pow neg".split()
+    getattr(operator, name) for name in "abs add sub mul floordiv truediv mod pow neg".split()
 }
 _ROUNDING = {math.ceil, math.floor}
-# Methods of a tensor that give one number, more than one value, or one tensor for certain.
-_COUNTING = frozenset("dim numel ndimension element_size".split())
-_SEVERAL = frozenset("chunk item max min sort split tensor_split tolist topk unbind".split())
-_VIEWING = frozenset(
-    "contiguous expand expand_as flatten float mean narrow permute repeat reshape sum squeeze "
-    "to transpose type_as unflatten unsqueeze view".split()
-)
-_RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _NUMBERS = (int, float)
 
 Kind = tuple[type[Any] | None, bool]
@@ -74,8 +65,10 @@ class Kinds:
 
     def _is_recurrent(self, node: fx.Node) -> bool:
         source = node.all_input_nodes[0]
-        is_call = source.op == "call_module"
-        return is_call and type(self._model.get_submodule(str(source.target))) in _RECURRENT
+        if source.op != "call_module":
+            return False
+        module = self._model.get_submodule(str(source.target))
+        return traits_of_module(module).gives == "tensor first"
 
     def _told(self, node: fx.Node, source: Kind) -> Kind:
         if node.op == "placeholder":
@@ -87,11 +80,8 @@ class Kinds:
             module = self._model.get_submodule(str(node.target))
             if type(module) is nn.Identity:
                 return source
+            is_one = traits_of_module(module).gives == "tensor"
             several = getattr(module, "return_indices", False)
-            several = several or isinstance(module, nn.MultiheadAttention)
-            # An activation that writes in place takes nothing but a tensor, either.
-            is_activation = type(module).__module__ == nn.modules.activation.__name__
-            is_one = is_fresh_module(module) or is_activation
             return (torch.Tensor, True) if is_one and not several else _UNKNOWN
         if node.op == "call_method":
             return _of_method(node, source)
@@ -107,29 +97,33 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 def _of_method(node: fx.Node, source: Kind) -> Kind:
-    (kind, is_sure), name = source, str(node.target)
-    if kind is None and (name == "size" or name in _COUNTING):
+    (kind, is_sure), traits = source, traits_of(node, None)
+    if kind is None and traits.gives in ("size", "number"):
         kind = torch.Tensor  # most likely: what has a size
-    if kind is not torch.Tensor or name in _SEVERAL:
+    return _given(node, traits, is_sure) if kind is torch.Tensor else _UNKNOWN
+
+
+def _given(node: fx.Node, traits: OpTraits, is_sure: bool) -> Kind:
+    """What an attribute of a tensor gives, a method, or a function that is called with one."""
+    if traits.gives == "several":
         return _UNKNOWN
-    if name == "size":
-        return (int if len(node.args) + len(node.kwargs) > 1 else torch.Size), is_sure
-    if name in _COUNTING:
+    if traits.gives == "size":
+        is_one = node.target is not builtins.getattr and len(node.args) + len(node.kwargs) > 1
+        return (int if is_one else torch.Size), is_sure
+    if traits.gives == "number":
         return int, is_sure
-    return torch.Tensor, is_sure and (
-        name in _VIEWING or is_fresh_function(getattr(torch, name, 0))
-    )
+    return torch.Tensor, is_sure and traits.gives == "tensor"
 
 
 def _of_function(node: fx.Node, source: Kind) -> Kind:
     (kind, is_sure), target = source, node.target
     if target is builtins.getattr:
-        if kind is None and node.args[1] in ("shape", "ndim"):
-            kind = torch.Tensor
-        if kind is not torch.Tensor:
+        traits = traits_of(node, None)
+        if not traits.gives:
             return _UNKNOWN
-        found = {"shape": torch.Size, "ndim": int, "T": torch.Tensor, "data": torch.Tensor}
-        return found.get(str(node.args[1])), is_sure
+        if kind is None and traits.gives in ("size", "number"):
+            kind = torch.Tensor
+        return _given(node, traits, is_sure) if kind is torch.Tensor else _UNKNOWN
     if target is operator.getitem:
         if kind is torch.Size:
             return (int if isinstance(node.args[1], int) else torch.Size), is_sure
@@ -141,6 +135,9 @@ def _of_function(node: fx.Node, source: Kind) -> Kind:
         return (float if target is operator.truediv else kind), is_sure and is_alone
     if target in _ARITHMETIC:
         return source if kind is torch.Tensor else _UNKNOWN
-    if is_fresh_function(target) and "return_indices" not in node.kwargs:
+    traits = traits_of(node, None)
+    if traits.fresh and "return_indices" not in node.kwargs:
         return torch.Tensor, True
+    if traits.gives in ("several", "size", "number"):
+        return _given(node, traits, is_sure) if kind is torch.Tensor else _UNKNOWN
     return (torch.Tensor, False) if is_torch(target) else _UNKNOWN

@@ -11,15 +11,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxrewrite.ir.graph_view import GraphView
-from fxrewrite.ir.op_traits import BY_NAME, BY_TYPE, Trait
+from fxrewrite.ir.op_traits import CALLS, MODULES
 from fxrewrite.ir.tensor_metadata import may_change, reads_metadata_only
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
 @pytest.mark.parametrize("size", [(2, 4), (2, 4, 3), (4, 3, 5), (2, 4, 3, 5), (2, 4, 3, 5, 2)])
-@pytest.mark.parametrize(
-    "kind", [kind for kind, traits in BY_TYPE.items() if Trait.KEEPS in traits]
-)
+@pytest.mark.parametrize("kind", [kind for kind, row in MODULES.items() if row.keeps == "metadata"])
 @pytest.mark.filterwarnings("ignore:dropout")
 def test_what_keeps_the_shape(kind: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     """A module that is said to keep shape, dtype and device does, or raises."""
@@ -37,7 +35,7 @@ def test_what_keeps_the_shape(kind: Any, size: tuple[int, ...], dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
 @pytest.mark.parametrize(
-    "name", sorted(name for name, traits in BY_NAME.items() if Trait.KEEPS in traits)
+    "name", sorted(name for name, row in CALLS.items() if row.keeps == "metadata")
 )
 def test_what_function_keeps_the_shape(name: str, dtype: torch.dtype) -> None:
     """So does each function of that name, and each method."""

@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 
 import fxrewrite as fxr
 from fxrewrite import patterns
-from fxrewrite.ir import aliases
+from fxrewrite.ir import aliases, op_traits
 from fxrewrite.ir import arguments as ir_arguments
 from fxrewrite.ir.graph_view import GraphView
 from fxrewrite.ir.shape_inference import record_shapes
@@ -148,22 +148,22 @@ def _version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator counts as writing to all that it reads."""
-    aliases._written_arguments.cache_clear()
+    op_traits.traits_of_function.cache_clear()
     graph = fx.Graph()
     added = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
     graph.output(added)
     view = GraphView(nn.Module(), graph, {})
     assert not aliases.written_by(added, view)
-    aliases._written_arguments.cache_clear()
 
     class WithoutSchema:
         pass
 
     operator: Any = WithoutSchema()
     assert torch_private.written_arguments(operator) is None
-    monkeypatch.setattr(aliases, "written_arguments", lambda _: None)
+    op_traits.traits_of_function.cache_clear()
+    monkeypatch.setattr(op_traits, "written_arguments", lambda _: None)
     assert aliases.written_by(added, view) == list(added.all_input_nodes)
-    aliases._written_arguments.cache_clear()
+    op_traits.traits_of_function.cache_clear()
 
 
 def _boolean_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
