@@ -109,8 +109,9 @@ def _saved(model: Any) -> dict[str, int]:
         for key, tensor in module._parameters.items():
             if tensor is not None:
                 found[prefix + key] = id(tensor)
+        unsaved = unsaved_buffers(module) if module._buffers else ()
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in unsaved_buffers(module):
+            if buffer is not None and key not in unsaved:
                 found[prefix + key] = id(buffer)
         for key, child in module._modules.items():
             if child is not None:

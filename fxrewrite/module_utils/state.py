@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -15,12 +16,8 @@ from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
 _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-_RARELY_FILLED = tuple(
-    name
-    for name, value in nn.Module().__dict__.items()
-    if isinstance(value, dict | set) and name not in _REGISTRIES
-)
+_REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+_UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
 
@@ -54,9 +51,9 @@ class Stamp:
                 self._versions.append(("Tensor", each, version_of(each)))
 
     def _add(self, kind: str, module: nn.Module) -> None:
-        registries = tuple(map(module.__dict__.get, (*_REGISTRIES, *_RARELY_FILLED)))
-        self._parts.append(_Module((None, kind), module, registries))
-        self._parts += [_Container((None, kind), each) for each in registries if each]
+        self._parts.append(part := _Module((None, kind), module))
+        registries = compress(map(part.before.get, _REGISTRIES), part.filled)
+        self._parts += [_Container((None, kind), each) for each in registries]
         for held in (module._parameters, module._buffers):
             for key, each in held.items():
                 if each is not None:
@@ -136,16 +133,12 @@ class Snapshot:
 
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
-        rare = tuple(map(state.get, _RARELY_FILLED))
-        self._parts.append(_Module(path, module, (*rare, *map(state.get, _REGISTRIES))))
-        if any(rare):
-            for key in filter(state.get, _RARELY_FILLED):
-                self._visit((path, key), state[key])
-        for key in filter(state.get, _REGISTRIES):
+        self._parts.append(part := _Module(path, module))
+        for key in compress(_REGISTRIES, part.filled):
             if key in self._skipped:
                 self._parts.append(_Container(path, state[key]))
             else:
-                self._visit(path, state[key])
+                self._visit(path if key in _UNNAMED else (path, key), state[key])
         for key, each in state.items():
             if key in _OF_EVERY_MODULE or type(each) in _ATOMS:
                 continue
@@ -217,28 +210,34 @@ class _Container:
 
 
 class _Module(_Container):
-    """A module's type and attributes, and those of its registries that are empty."""
+    """A module's type and attributes, and which of its registries are filled."""
 
-    __slots__ = ("empty", "module", "type")
+    __slots__ = ("filled", "module", "type")
 
-    def __init__(self, path: _Path, module: nn.Module, registries: Sequence[Any]) -> None:
-        super().__init__(path, module.__dict__)
-        self.module, self.type = module, type(module)
-        self.empty = [each for each in registries if each is not None and not each]
+    def __init__(self, path: _Path, module: nn.Module) -> None:
+        self.path, self.now, self.before = path, module.__dict__, module.__dict__.copy()
+        self.module, self.type, self.filled = module, type(module), _filled(module.__dict__)
 
     def change(self, versions: bool) -> str | None:
         if type(self.module) is not self.type:
             return "__class__"
-        if any(self.empty):
-            filled = next(filter(None, self.empty))
-            return next((key for key, value in self.now.items() if value is filled), "")
+        if _filled(self.now) != self.filled and (new := self._newly_filled()):
+            return new[0]
         return _Container.change(self, versions)
 
     def restore(self) -> None:
         object.__setattr__(self.module, "__class__", self.type)
-        for each in filter(None, self.empty):
-            each.clear()
         super().restore()
+        for name in self._newly_filled():
+            self.now[name].clear()
+
+    def _newly_filled(self) -> list[str]:
+        pairs = zip(_REGISTRIES, self.filled, strict=True)
+        return [name for name, was_filled in pairs if not was_filled and self.now.get(name)]
+
+
+def _filled(state: dict[str, Any]) -> list[bool]:
+    return list(map(bool, map(state.get, _REGISTRIES)))
 
 
 class _Tensor:
