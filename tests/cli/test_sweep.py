@@ -123,6 +123,7 @@ def test_a_model_that_is_rewritten(folder: Path, capsys: pytest.CaptureFixture[s
     assert "1  missed: it reads a ReLU" in said.out
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_a_row_and_the_others_go_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_model_that_fails_is_a_row_and_the_others_go_on(
     assert "models.py:Exits: crashed: exit code 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_hangs_is_killed(folder: Path) -> None:
     """After --timeout its process is gone, and the row says where it hung."""
     code, rows = sweep(folder, "hangs", options=("--timeout", "2"))
@@ -149,6 +151,7 @@ def test_a_model_that_hangs_is_killed(folder: Path) -> None:
     assert rows["hangs"]["detail"] in ("more than 2 s, being built", "more than 2 s, starting")
 
 
+@pytest.mark.slow
 def test_a_model_that_eats_memory_is_killed(folder: Path) -> None:
     """Beyond --memory its process is gone before it takes much more, and the row says so."""
     _, rows = sweep(folder, "hungry", options=("--memory", "1200"))
@@ -157,6 +160,7 @@ def test_a_model_that_eats_memory_is_killed(folder: Path) -> None:
     assert rows["hungry"]["peak_mib"] > 1200
 
 
+@pytest.mark.slow
 def test_a_wrong_rewrite_is_found(folder: Path) -> None:
     """A model whose outputs differ, in float64 too, is told apart and gives exit code 2."""
     code, rows = sweep(folder, "net", options=("--rules", "forgets_eps"))
@@ -165,6 +169,7 @@ def test_a_wrong_rewrite_is_found(folder: Path) -> None:
     assert "in float64: relative difference" in rows["net"]["detail"]
 
 
+@pytest.mark.slow
 def test_a_wrong_rewrite_is_found_where_the_model_begins_as_nothing(folder: Path) -> None:
     """Behind a layer scale of almost zero, and a last layer of zeros."""
     code, rows = sweep(folder, "Faded", options=("--rules", "forgets_eps"))
@@ -204,6 +209,7 @@ def test_a_sweep_goes_on_where_it_stopped(folder: Path) -> None:
     assert rows["raises"]["outcome"] == "same"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_usable_file_and_no_process(folder: Path) -> None:
     """The exit code is 130, the rows there are whole, the process that ran is gone."""
     pids = folder / "pids"

@@ -334,6 +334,7 @@ def written_out(net: fx.GraphModule, choose: Any) -> fx.GraphModule:
     return fx.GraphModule(net, graph)
 
 
+@pytest.mark.slow
 @given(strategies.models(), st.randoms(use_true_random=False))
 def test_any_model_written_out_folds_as_it_does_in_layers(model: Any, choice: Any) -> None:
     """Where layers are called as functions, as many are folded, and the outputs are the same."""

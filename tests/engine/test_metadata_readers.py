@@ -131,6 +131,7 @@ def test_a_write_in_place_that_may_change_the_shape(forward: Any) -> None:
     assert "may have changed its shape" in report.why("bn")
 
 
+@pytest.mark.slow
 def test_a_program_of_any_size_asks_its_values_for_their_sizes() -> None:
     """In an exported program with a dynamic shape, the sizes are read off the new convolution."""
 

@@ -509,6 +509,7 @@ def test_any_model_with_siblings():
     check_rule([merge, convs])
 
 
+@pytest.mark.slow
 @given(models_around(Linears), st.booleans())
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_is_returned_lies_in_memory_as_it_did(case, shapes):

@@ -39,6 +39,7 @@ def test_a_second_rewrite_applies_nothing(case: Case) -> None:
     assert not fxr.plan(fxr.fuse(case[0]), "conv_bn").applied
 
 
+@pytest.mark.slow
 @given(strategies.models())
 def test_the_model_is_untouched(case: Case) -> None:
     """Invariant 1: module tree, attributes, hooks, modes and tensors stay, object for object."""
@@ -146,6 +147,7 @@ def test_what_overflows_is_refused(dtype: torch.dtype) -> None:
     assert f"the new weight would not be finite in {name}" in report.why("1")
 
 
+@pytest.mark.slow
 @given(strategies.models())
 def test_twice_the_same(case: Case) -> None:
     """Invariant 6: two rewrites give the same code, state and report, to the byte."""

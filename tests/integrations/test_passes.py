@@ -148,6 +148,7 @@ def test_a_rule_that_raises_leaves_the_graph() -> None:
     assert str(graph_module.graph) == before
 
 
+@pytest.mark.slow
 def test_inductor_compiles_what_a_pass_leaves() -> None:
     """As a post-grad pass, rules act on the graph that inductor compiles."""
     seen: list[str] = []

@@ -57,6 +57,7 @@ def test_each_rule_is_sound(rule: Any) -> None:
 CONVS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.data()
 )

@@ -140,6 +140,7 @@ def test_a_complex_fold(pair: strategies.Pair, dtype: torch.dtype) -> None:
     assert (by_channel(fused(x) - expected) <= tolerance * by_channel(expected)).all()
 
 
+@pytest.mark.slow
 @given(strategies.pairs())
 def test_two_batch_norms_fold_into_one_convolution(pair: strategies.Pair) -> None:
     """conv -> bn -> bn becomes one convolution."""

@@ -202,6 +202,7 @@ def test_merging_changes_no_result(case: Case) -> None:
     assert not fxr.plan(made, "reparam").applied
 
 
+@pytest.mark.slow
 def test_the_rules_are_sound_in_the_toolkits_eyes() -> None:
     """Nothing left to do in a second rewrite, the same result twice, each anchor accounted for."""
     blocks = [RepVGG(4), RepVGG(4, groups=2), MobileOne(None), MobileOne(0)]
