@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from ..ir.aliases import written_by
 from ..ir.describe import name_of
-from ..ir.fake_values import renew
 from ..ir.graph_view import GraphView
 from ..ir.inplace_activations import make_out_of_place
 from ..module_utils.parametrization import is_parametrized
@@ -142,13 +141,13 @@ class SiteRewriter:
     def _commit(self, rule: Rule[Any], site: Site, edit: Edit, targets: Sequence[str]) -> Applied:
         view = self._view
         notes = (
-            *self._notes(site, edit),
+            *_notes(site),
             *self._out_of_place_readers(site, edit),
-            *self._target.notes(site),
+            *self._target.notes(site, edit),
         )
         try:
             nodes = commit(view, site, edit, targets)
-            renew(view, nodes)
+            self._target.record(nodes)
         except Exception as error:
             raise failure(rule, site, f"it asked for what can't be made: {error}") from error
         became = " -> " if edit.revises else ", "
@@ -167,19 +166,9 @@ class SiteRewriter:
             notes.append(f"{name_of(user)} no longer writes in place")
         return notes
 
-    def _notes(self, site: Site, edit: Edit) -> Iterator[str]:
-        """What a user would want to know of a site that was rewritten."""
-        stays = [each.link.module for each in edit.kept] + [call.module for call in edit.calls]
-        kept = (each for module in stays if module is not None for each in module.parameters())
-        ties = self._view.ties
-        kept_ids = set(map(id, kept)) if ties else set()
-        for link in site.links:
-            if link.module is None:
-                continue
-            if is_parametrized(link.module):
-                yield (
-                    f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"
-                )
-            for parameter in link.module._parameters.values() if ties else ():
-                if id(parameter) in ties and id(parameter) not in kept_ids:
-                    yield f"the tie of {' and '.join(ties[id(parameter)])} ends here"
+
+def _notes(site: Site) -> Iterator[str]:
+    """What a user would want to know of a site that is rewritten."""
+    for link in site.links:
+        if link.module is not None and is_parametrized(link.module):
+            yield f"the parametrized tensors of {name_of(link.node)} are baked in as they are now"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from .bindings import Shown
 from .editing import Edit
 from .match import Site
@@ -20,6 +22,9 @@ class Target:
         """What else the chain may be called on than in the graph; None for who knows what."""
         return ()
 
-    def notes(self, site: Site) -> Sequence[str]:
-        """What a user would want to know of a site that may land there."""
+    def notes(self, site: Site, edit: Edit) -> Sequence[str]:
+        """What a user would want to know of an edit that may land there."""
         return ()
+
+    def record(self, nodes: Sequence[fx.Node]) -> None:
+        """Keep what is recorded of the graph's values true for nodes that were made."""

@@ -10,7 +10,6 @@ import attrs
 import torch
 from torch import fx, nn
 
-from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
 from ..module_utils.torch_private import disable_current_modes, is_static_input, version_of
@@ -19,6 +18,7 @@ from ..pipeline.rule_lists import apart
 from ..rules.registry import Rules, RuleSet, resolve
 from ..targets.graph_inputs import Input, as_inputs
 from ..targets.graph_module import graph_module
+from ..targets.graph_target import GraphTarget
 from ..tracing.tracer import copy_of
 
 _log = logging.getLogger("fxrewrite")
@@ -110,7 +110,7 @@ class _Rewriting:
             view.sizes_are_fixed = True  # dynamo looks after that
             view.is_training = False  # each call says its mode by an argument
             read_by = _constants_read(view)
-            applied = apply({view: Target()}, self._rule_sets, view.modules)
+            applied = apply({view: GraphTarget(view)}, self._rule_sets, view.modules)
             if not applied.sites:
                 return None
             kept, tensors = self._flatten(view, constants)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..engine.target import Target
 from ..ir.graph_view import GraphView
 from ..module_utils.names import fresh_name
 from ..module_utils.torch_private import CustomGraphPass, disable_current_modes
 from ..pipeline.applying import apply
 from ..rules.registry import RuleSet
+from ..targets.graph_target import GraphTarget
 from ..tracing.tracer import copy_of
 
 
@@ -47,7 +47,7 @@ class InductorPass(CustomGraphPass):
             graph.lint()
 
     def _applied(self, view: GraphView) -> bool:
-        targets = {view: Target()}
+        targets = {view: GraphTarget(view)}
         return bool(apply(targets, self._rule_sets, view.modules).sites)
 
 

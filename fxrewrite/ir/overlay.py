@@ -113,24 +113,6 @@ class Overlay:
         """The identities of all modules of the model."""
         return frozenset(map(id, self.modules.values()))
 
-    @functools.cached_property
-    def ties(self) -> dict[int, tuple[str, ...]]:
-        """The qualified names of each parameter that several modules hold, by its identity."""
-        first: dict[int, nn.Module] = {}
-        shared = {
-            id(parameter)
-            for module in self.modules.values()
-            for parameter in module._parameters.values()
-            if parameter is not None and first.setdefault(id(parameter), module) is not module
-        }
-        holders: dict[int, dict[int, str]] = {each: {} for each in shared}
-        for name, module in self.modules.items() if shared else ():
-            for key, parameter in module._parameters.items():
-                if id(parameter) in shared:
-                    full = f"{name}.{key}".lstrip(".")
-                    holders[id(parameter)].setdefault(id(module), full)
-        return {each: tuple(names.values()) for each, names in holders.items()}
-
     def only_user(self, module: nn.Module) -> bool:
         """Whether a single call is all that uses a module, under whatever name.
 

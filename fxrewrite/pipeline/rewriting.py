@@ -21,6 +21,7 @@ from ..rules.rule import Rule
 from ..targets.evidence import Witness
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
+from ..targets.graph_target import GraphTarget
 from ..targets.module_copy import copied
 from ..targets.module_tree import ModuleTreeTarget
 from ..targets.reading.flows import Flows
@@ -163,7 +164,7 @@ def _for_program(program: ExportedProgram, options: Options) -> _Job:
 def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
     modules = traced.modules
     (view,) = _views(traced, modules, example_inputs)
-    targets = {view: Target()}
+    targets = {view: GraphTarget(view)}
     return _Job(
         "graph", targets, modules, lambda: graph_module(view), assumptions=traced.assumptions
     )

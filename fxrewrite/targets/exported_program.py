@@ -23,12 +23,12 @@ from torch.export.graph_signature import (
 
 from ..engine.editing import Edit, Kept
 from ..engine.match import Site
-from ..engine.target import Target
 from ..ir.fake_values import mode_of, run_on_fakes, value_on_fakes
 from ..ir.graph_view import GraphView
 from ..module_utils.names import fresh_name, parent_name
 from ..tracing.tracer import copy_of
 from .graph_inputs import Input, as_inputs
+from .graph_target import GraphTarget
 from .operators import legalise
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -36,7 +36,7 @@ _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _FIRST = (InputKind.TOKEN, *_TENSORS)
 
 
-class ExportedProgramTarget(Target):
+class ExportedProgramTarget(GraphTarget):
     """A program on the workbench: its `graph` reads the program's tensors as attributes.
 
     In a program they are inputs of the graph. Buffers that the program gives new values to stay

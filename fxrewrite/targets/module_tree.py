@@ -10,17 +10,17 @@ from ..engine.bindings import Shown, value_of
 from ..engine.editing import Edit
 from ..engine.legality import written_meanwhile
 from ..engine.match import Link, Site
-from ..engine.target import Target
 from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
 from .evidence import Witness
+from .graph_target import GraphTarget
 from .reading.flows import Flows
 
 _ELSEWHERE = "into='graph' can rewrite it"
 
 
-class ModuleTreeTarget(Target):
+class ModuleTreeTarget(GraphTarget):
     """The model's own module tree, whose forward code stays: modules give way to modules.
 
     Where the chain was, the new module stands in the slot's place and `nn.Identity` in the place of
@@ -29,7 +29,7 @@ class ModuleTreeTarget(Target):
 
     def __init__(self, view: GraphView, flows: Flows, witness: Witness | None = None) -> None:
         """Of a view, what the model's code may do with its modules, and what a run of it did."""
-        self._view = view
+        super().__init__(view)
         self._flows = flows
         self._witness = witness
         self._before = self._called()
@@ -88,11 +88,12 @@ class ModuleTreeTarget(Target):
         here = None if traced.rank is None else (traced.shape, traced.dtype)
         return [each for each in dict.fromkeys(shown) if each != here]
 
-    def notes(self, site: Site) -> Sequence[str]:
-        """Where somebody else's code is trusted to call only what it is given."""
+    def notes(self, site: Site, edit: Edit) -> Sequence[str]:
+        """As for a graph, and where code is trusted to call only what it is given."""
         called = (self._original(link) for link in site.links if self._is_called(link))
         places = dict.fromkeys(filter(None, map(self._flows.handed, called)))
-        return [f"trusted to call only what it is given: {where}" for where in places]
+        trusted = [f"trusted to call only what it is given: {where}" for where in places]
+        return [*super().notes(site, edit), *trusted]
 
     def _parted(self, site: Site, changed: Sequence[Link], edit: Edit) -> str | None:
         """Why the model's code, on some way that was not traced, needs a module as it is."""
