@@ -33,6 +33,10 @@ class SpecialisedError(FxRewriteError):
     """A graph is run on what it was not traced for: another kind of argument, another mode."""
 
 
+class GuardError(FxRewriteError):
+    """Modules that were rewritten as one were called apart."""
+
+
 class RuleError(FxRewriteError):
     """A rule raised, mutated its match, returned the wrong thing, or never came to an end."""
 
