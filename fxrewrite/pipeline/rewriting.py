@@ -18,16 +18,17 @@ from ..explain.report import Report
 from ..ir.graph_view import GraphView
 from ..rules.registry import Rules, RuleSet, resolve
 from ..rules.rule import Rule
-from ..targets.evidence import Witness
+from ..targets.evidence import Evidence
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
 from ..targets.module_copy import copied
+from ..targets.guard import guarded
 from ..targets.module_tree import ModuleTreeTarget
-from ..targets.reading.flows import Flows
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
-from ..tracing.parts import Parts
+from ..tracing.parts import Part, Parts
+from ..tracing.passages import Passage
 from ..tracing.stops import Stop
 from ..tracing.tracer import attempt, checked_leaves, is_compiled
 from .applying import apply
@@ -110,6 +111,7 @@ class _Traced:
     parts: Parts
     into: Into
     is_whole: bool
+    is_certain: bool
     assumptions: tuple[Assumption, ...]
 
     @property
@@ -150,7 +152,8 @@ def _trace(model: nn.Module, options: Options) -> _Traced:
         whole = whole.unchecked()
     wanted = wanted_types(rules)
     parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=into == "modules")
-    return _Traced(model, parts, into, whole.is_whole, assumptions)
+    is_certain = whole.is_whole and not whole.assumptions
+    return _Traced(model, parts, into, whole.is_whole, is_certain, assumptions)
 
 
 def _for_program(program: ExportedProgram, options: Options) -> _Job:
@@ -173,23 +176,42 @@ def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
 def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
     views = _views(traced, modules, example_inputs)
-    witness = None
-    flows = Flows(model, parts.keeps_whole, is_run=example_inputs is not None)
+    evidence = None
     if example_inputs is not None:
-        witness = Witness(model, example_inputs, parts.keeps_whole, parts.inner)
-        _record_shapes_of_parts(views, witness)
-    if unseen := parts.unseen():
-        graph, remarks = flows.outline(unseen)
-        views.append(GraphView(model, graph, {}, modules))
-        views[-1].remarks.update(remarks)
-    targets = {view: ModuleTreeTarget(view, flows, witness) for view in views}
+        evidence = Evidence(model, example_inputs, parts.keeps_whole, parts.inner)
+        _record_shapes_of_parts(views, evidence)
+    targets = {
+        view: ModuleTreeTarget(
+            view, _passages(part), evidence, is_certain=traced.is_certain and not part.name
+        )
+        for view, part in zip(views, parts.parts, strict=True)
+    }
+    unseen = parts.unseen()
+    if unseen and evidence is not None:
+        graph, remarks = evidence.graph(unseen)
+        seen = GraphView(model, graph, {}, modules)
+        seen.remarks.update(remarks)
+        targets[seen] = ModuleTreeTarget(seen, evidence.passages, evidence, is_certain=False)
 
     def write_out() -> nn.Module:
         replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
-        return copied(model, replaced)
+        made = copied(model, replaced)
+        guarded(made, [pair for tree in targets.values() for pair in tree.pairs.values()])
+        return made
 
     stops = tuple(parts.stops.values())
     return _Job("modules", targets, modules, write_out, stops, traced.assumptions)
+
+
+def _passages(part: Part) -> Callable[[str, str], list[tuple[Passage, ...] | None] | None]:
+    nodes = {node.name: node for node in part.graph.nodes}
+
+    def passages(first: str, second: str) -> list[tuple[Passage, ...] | None] | None:
+        if part.is_decided(nodes[first], nodes[second]):
+            return None
+        return [part.passages(first, second)]
+
+    return passages
 
 
 def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) -> list[GraphView]:
@@ -204,11 +226,11 @@ def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) 
     return views
 
 
-def _record_shapes_of_parts(views: Sequence[GraphView], witness: Witness) -> None:
+def _record_shapes_of_parts(views: Sequence[GraphView], evidence: Evidence) -> None:
     """Record the shapes of values in parts, as far as a run showed what the parts are given."""
     for view in views:
         names = [str(node.target) for node in view.graph.find_nodes(op="placeholder")]
-        given = witness.inputs(view.part, names) if view.part else None
+        given = evidence.inputs(view.part, names) if view.part else None
         if given is not None:
             with contextlib.suppress(FxRewriteError):  # what a fake tensor can't do, a part may
                 _record_shapes(view, given)

@@ -20,12 +20,14 @@ from .module_copy import copied
 class Pair:
     """Two modules of which the second is only ever called on what the first one gave.
 
-    `places` are the lines of the user's code that call them.
+    `places` are the lines of the user's code that call them. It `is_direct` where no function of
+    the forward stands between the two.
     """
 
     first: str
     second: str
     places: tuple[str, str]
+    is_direct: bool = True
 
     def error(self, what: str) -> GuardError:
         """The error for a call that is otherwise."""
@@ -91,7 +93,7 @@ class Guard:
     def taken(self, pair: Pair, value: Any) -> None:
         """The second module of a pair is called on this."""
         before = self.pending.pop(pair, None)
-        if before is None or before() is not value:
+        if before is None or (pair.is_direct and before() is not value):
             self.pending.clear()
             raise pair.error(f"{pair.second} was called on something else than {pair.first} gave")
 
@@ -120,11 +122,14 @@ class _Takes:
             self.guard.taken(self.pair, args[0] if args else next(iter(kwargs.values()), None))
 
 
-def guarded(model: nn.Module, pairs: Sequence[tuple[Pair, nn.Module, nn.Module]]) -> None:
+def guarded(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Guard pairs of modules of a model, which is changed."""
+    if not pairs:
+        return
     guard = Guard()
     model.register_forward_pre_hook(guard.enter, prepend=True)
     model.register_forward_hook(guard.leave, always_call=True)
-    for pair, first, second in pairs:
+    for pair in pairs:
+        first, second = (model.get_submodule(name) for name in (pair.first, pair.second))
         first.register_forward_hook(_Gives(guard, pair))
         second.register_forward_pre_hook(_Takes(guard, pair), prepend=True, with_kwargs=True)

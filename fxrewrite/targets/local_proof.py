@@ -15,8 +15,11 @@ from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 import attrs
+import torch
+from torch import nn
 
 from ..ir.op_traits import ATTRIBUTES, traits_of_method
+from ..tracing.passages import Passage
 
 _MOST_STATES = 500
 _Scope: TypeAlias = (
@@ -31,31 +34,102 @@ _OF_ALL_VARIABLES = frozenset({"locals", "vars", "eval", "exec"})
 _METADATA = frozenset({"is_cuda", "layout", "requires_grad"})
 
 
-@attrs.frozen
-class Way:
-    """What a value has to do in one call of a function.
-
-    `begin` is the instruction that gives it, or the parameter that it comes in by; `end` is the
-    instruction that takes it, or None where the function returns it.
-    """
-
-    code: CodeType
-    begin: int | str
-    end: int | None
-
-
 @functools.lru_cache(maxsize=4096)
-def flaw(way: Way) -> str | None:
-    """Why the value may also go elsewhere, or None; with the line."""
+def flaw(way: Passage, *, strict: bool = True, late: bool = False) -> str | None:
+    """Why the value may also go elsewhere, or None; with the line.
+
+    Args:
+        way: the passage of the value through one call of a function.
+        strict: whether any call that reads it may change it in place and give it back.
+        late: whether nothing else may be called before it is taken.
+    """
+    if way.code is nn.Sequential.forward.__code__:  # the way through it is the same each time
+        return None
+    source, begin, end, scope = _found(way)
+    if source is None or scope is None or begin is None or (way.end is not None and end is None):
+        return f"its source is not found, {way.code.co_filename}:{way.code.co_firstlineno}"
+    return _Walk(scope, begin, end, source, strict, late).flaw()
+
+
+def attribute_flaw(way: Passage, module: nn.Module, new: nn.Module) -> str | None:
+    """Why a function may see another attribute of a module than before, or None; with the line.
+
+    Type, device and shape of tensors that stay are no such attributes, and neither is the class of
+    what keeps it.
+    """
+    source, _, _, scope = _found(way)
+    if source is None or scope is None:
+        return None
+    for path, name, is_metadata, node in _attributes(scope):
+        known = None if path is None else _at(way.owner, path)
+        if known is not module and (path is not None or name not in _tensors_of(module)):
+            continue
+        was = getattr(module, name, None)
+        now = getattr(new, name, None)
+        same = was is now or (type(was) is type(now) and is_metadata)
+        if not same and not isinstance(was, torch.Tensor) and not callable(was):
+            same = type(was) is type(now) and bool(was == now)
+        if not same and (path is None or hasattr(module, name)):
+            return f"{name} of {type(module).__name__} may be read, at {source.line(node)}"
+    return None
+
+
+def line_of(way: Passage, *, giving: bool = False) -> str:
+    """The line at which a function calls what gives, or takes, a value."""
+    source, begin, end, _ = _found(way)
+    node = begin if giving else end
+    return source.line(node) if source is not None and isinstance(node, ast.expr) else ""
+
+
+def _found(
+    way: Passage,
+) -> tuple[_Source | None, ast.expr | str | None, ast.expr | None, _Scope | None]:
+    """The source, the expressions where the value is given and taken, and what they stand in."""
     source = _source(way.code.co_filename)
     if source is None:
-        return f"there is no source of {way.code.co_qualname}"
+        return None, None, None, None
     begin = way.begin if isinstance(way.begin, str) else source.at(way.code, way.begin)
     end = None if way.end is None else source.at(way.code, way.end)
     scope = source.scope(way.code, begin if isinstance(begin, ast.expr) else end)
-    if scope is None or begin is None or (way.end is not None and end is None):
-        return f"the call is not found in the source of {way.code.co_qualname}"
-    return _Walk(scope, begin, end, source).flaw()
+    return source, begin, end, scope
+
+
+@functools.lru_cache(maxsize=1024)
+def _attributes(scope: _Scope) -> list[tuple[tuple[str, ...] | None, str, bool, ast.Attribute]]:
+    """The attributes that a function reads: of what path from `self`, name, whether for metadata."""
+    parents = {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
+    found = []
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            above = parents.get(node)
+            is_metadata = isinstance(above, ast.Attribute) and _asks_metadata(above.attr)
+            found.append((_path(node.value), node.attr, is_metadata, node))
+    return found
+
+
+def _asks_metadata(name: str) -> bool:
+    known = name in ATTRIBUTES and ATTRIBUTES[name].asks == "metadata"
+    return known or name in _METADATA or traits_of_method(name).asks == "metadata"
+
+
+def _path(node: ast.expr) -> tuple[str, ...] | None:
+    """The attributes by which something is reached from `self`, if it is."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    is_self = isinstance(node, ast.Name) and node.id == "self"
+    return tuple(reversed(names)) if is_self else None
+
+
+def _at(owner: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _tensors_of(module: nn.Module) -> frozenset[str]:
+    return frozenset((*module._parameters, *module._buffers))
 
 
 class _Source:
@@ -153,8 +227,15 @@ class _Walk:
     """
 
     def __init__(
-        self, scope: _Scope, begin: ast.expr | str, end: ast.expr | None, source: _Source
+        self,
+        scope: _Scope,
+        begin: ast.expr | str,
+        end: ast.expr | None,
+        source: _Source,
+        strict: bool,
+        late: bool,
     ) -> None:
+        self._strict, self._late = strict, late
         self._scope, self._begin, self._end, self._source = scope, begin, end, source
         self._outer = _names_of_inner_scopes(scope)
         self._loops: list[tuple[_States, _States]] = []
@@ -373,9 +454,7 @@ class _Walk:
             case ast.Call():
                 return self._call(node, state)
             case ast.Attribute():
-                known = node.attr in _METADATA or node.attr in ATTRIBUTES and (
-                    ATTRIBUTES[node.attr].asks == "metadata"
-                )
+                known = _asks_metadata(node.attr)
                 values = self._value(node.value, state)
                 return self._given(node, values if not known else {(s, False) for s, _ in values})
         if isinstance(node, _COMPREHENSIONS):
@@ -421,13 +500,16 @@ class _Walk:
     def _given(self, node: ast.expr, values: _Values) -> _Values:
         """What an expression gives, once its operands are there, of which one may be the value."""
         found: _Values = set()
+        does_more = self._late and isinstance(node, ast.Call) and not _is_question(node)
         for state, holds in values:
+            if does_more and node is not self._end and state.status == "fresh":
+                raise _FlawError(self._said("may do something else before", node))
             if holds and node is self._end:
                 found.add((self._take(node, state), False))
             elif holds:
                 used = self._used(node, state)
-                # Of a call that changes what it reads in place, the same tensor comes back.
-                found |= {(used, False), (used, isinstance(node, ast.Call))}
+                comes_back = isinstance(node, ast.Call) and (self._strict or _in_place(node))
+                found |= {(used, False), (used, comes_back)}
             else:
                 found.add((state, False))
         if node is self._begin:
@@ -470,6 +552,21 @@ class _Walk:
 
     def _said(self, what: str, node: ast.AST) -> str:
         return f"{getattr(self._scope, 'name', 'an expression')} {what}, at {self._source.line(node)}"
+
+
+def _is_question(node: ast.Call) -> bool:
+    function = node.func
+    if isinstance(function, ast.Attribute):
+        return function.attr in _QUESTIONS or _asks_metadata(function.attr)
+    return getattr(function, "id", "") in _QUESTIONS
+
+
+def _in_place(node: ast.Call) -> bool:
+    """Whether a call says that it changes what it reads."""
+    function = node.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    is_named = name.endswith("_") and not name.endswith("__")
+    return is_named or any(each.arg == "inplace" for each in node.keywords)
 
 
 def _starred(*nodes: ast.expr) -> bool:

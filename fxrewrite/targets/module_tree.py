@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from torch import nn
+from typing_extensions import override
 
 from ..engine.bindings import Shown, value_of
 from ..engine.editing import Edit
@@ -13,11 +15,16 @@ from ..engine.match import Link, Site
 from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
-from .evidence import Witness
+from ..tracing.passages import Passage
+from .evidence import Evidence
 from .graph_target import GraphTarget
-from .reading.flows import Flows
+from .guard import Pair
+from .local_proof import attribute_flaw, flaw, line_of
 
 _ELSEWHERE = "into='graph' can rewrite it"
+
+Passages = Callable[[str, str], "Sequence[tuple[Passage, ...] | None] | None"]
+"""How a node's value gets to another one that reads it: None where there is but one way."""
 
 
 class ModuleTreeTarget(GraphTarget):
@@ -27,15 +34,33 @@ class ModuleTreeTarget(GraphTarget):
     the others, so that names, indices and code that mentions them stay valid.
     """
 
-    def __init__(self, view: GraphView, flows: Flows, witness: Witness | None = None) -> None:
-        """Of a view, what the model's code may do with its modules, and what a run of it did."""
-        super().__init__(view)
-        self._flows = flows
-        self._witness = witness
-        self._before = self._called()
-        self._gone: set[int] = set()
-        self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
+    def __init__(
+        self,
+        view: GraphView,
+        passages: Passages,
+        evidence: Evidence | None = None,
+        *,
+        is_certain: bool,
+    ) -> None:
+        """Of a view, how values get from call to call, and what a run showed.
 
+        `is_certain` says that the modules can't be called otherwise than in the graph.
+        """
+        super().__init__(view)
+        self._passages, self._evidence, self._is_certain = passages, evidence, is_certain
+        self._before = self._called()
+        self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
+        self._modules = {
+            node.name: str(node.target)
+            for node in view.graph.find_nodes(op="call_module")
+            if node.target in view.modules
+        }
+        self._gone: set[int] = set()
+        self._gone_nodes: set[str] = set()
+        self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
+        self.pairs: dict[tuple[str, str], Pair] = {}
+
+    @override
     def refusal(self, site: Site, edit: Edit) -> str | None:
         """The forward calls what it calls, each module once; only what it calls may change."""
         view = self._view
@@ -72,50 +97,86 @@ class ModuleTreeTarget(GraphTarget):
                 return reason
         return self._parted(site, changed, edit)
 
+    @override
     def elsewhere(self, site: Site) -> Sequence[Shown | None]:
         """What the run showed of other calls; of calls that it did not show, nothing is known."""
         called = [link for link in site.links if self._is_called(link)]
-        if not called:
+        if not called or self._is_certain:
             return ()
         module, shown = self._original(called[0]), []
-        if self._witness is not None and called[0] is site.links[0]:
-            shown = self._witness.shown(module, self._gone | self._idle)
-        most = self._flows.most_calls(module)
-        reads_more = most != 1 and any(link.step.captures_call for link in site.links)
-        if most != max(1, len(shown)) or reads_more:  # the trace shows one call in any case
-            shown.append(None)
+        if self._evidence is not None and called[0] is site.links[0]:
+            shown = self._evidence.shown(module, self._gone | self._idle)
+        shown.append(None)
         traced = value_of(site.input)
         here = None if traced.rank is None else (traced.shape, traced.dtype)
         return [each for each in dict.fromkeys(shown) if each != here]
 
+    @override
     def notes(self, site: Site, edit: Edit) -> Sequence[str]:
-        """As for a graph, and where code is trusted to call only what it is given."""
-        called = (self._original(link) for link in site.links if self._is_called(link))
-        places = dict.fromkeys(filter(None, map(self._flows.handed, called)))
-        trusted = [f"trusted to call only what it is given: {where}" for where in places]
-        return [*super().notes(site, edit), *trusted]
+        """As for a graph, and whether calls are watched that the model's code may make."""
+        watched = not self._is_certain and any(map(self._is_called, site.links))
+        return [*super().notes(site, edit), *(["guarded"] if watched else [])]
 
     def _parted(self, site: Site, changed: Sequence[Link], edit: Edit) -> str | None:
         """Why the model's code, on some way that was not traced, needs a module as it is."""
         new = {call.slot: call.module for call in edit.calls}
         gone = [link for link in changed if link not in new]
-        stays = [link.node for link in site.links if link not in gone]
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
-        reason = self._flows.refusal(
-            chain,
-            {
+        if self._evidence is not None:
+            reason = self._evidence.refusal(chain, self._gone | self._idle)
+            if reason is not None:
+                return reason
+        if not self._is_certain:
+            path = self._path(site)
+            if path is None:
+                return "it is not known how its values get from one call to the next"
+            after = {
                 self._original(link): new.get(link) or nn.Identity()
                 for link in changed
                 if not _stays(link)
-            },
-            self._gone,
-            late=any(link.node < node for link in gone for node in stays),
-        )
-        if reason is None and self._witness is not None:
-            reason = self._witness.refusal(chain, self._gone | self._idle)
-        if reason is None:
-            self._gone |= {id(self._original(link)) for link in gone}
-        return reason
+            }
+            stays = [link.node for link in site.links if link not in gone]
+            late = any(link.node < node for link in gone for node in stays)
+            for first, second in itertools.pairwise(path):
+                passages = self._passages(first, second)
+                reason = _flaw(passages or (), late) or _attribute_flaw(passages or (), after)
+                if reason is not None:
+                    return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
+            self._guard(path)
+        self._gone |= {id(self._original(link)) for link in gone}
+        self._gone_nodes |= {link.node.name for link in gone}
+        return None
+
+    def _path(self, site: Site) -> list[str] | None:
+        """The nodes of the forward that a chain's value goes through, those that went included."""
+        path = [site.links[0].node.name]
+        for link in site.links[1:]:
+            between, name = list[str](), link.node.name
+            while True:
+                before = [e for e in self._reads[name] if e == path[-1] or e in self._gone_nodes]
+                if len(before) != 1:
+                    return None
+                if before[0] == path[-1]:
+                    break
+                name = before[0]
+                between.append(name)
+            path += [*reversed(between), link.node.name]
+        return path
+
+    def _guard(self, path: Sequence[str]) -> None:
+        """Watch the calls of modules that follow one on the other."""
+        at = [i for i, name in enumerate(path) if name in self._modules]
+        for i, j in itertools.pairwise(at):
+            found = self._passages(path[i], path[j]) if j == i + 1 else ()
+            known = next((each for each in found or () if each), None)
+            places = ("", "")
+            if known is not None:
+                places = line_of(known[0], giving=True), line_of(known[-1])
+            names = self._modules[path[i]], self._modules[path[j]]
+            self.pairs.setdefault(names, Pair(*names, places, is_direct=j == i + 1))
+
+    def _shown(self, node: str) -> str:
+        return self._modules.get(node, node)
 
     def _is_called(self, link: Link) -> bool:
         """Whether a link is a call of a module of the model."""
@@ -138,6 +199,26 @@ class ModuleTreeTarget(GraphTarget):
     def _called(self) -> dict[str, None]:
         calls = (node for node in self._view.graph.nodes if node.op == "call_module")
         return dict.fromkeys(str(node.target) for node in calls)
+
+
+def _flaw(found: Sequence[tuple[Passage, ...] | None], late: bool) -> str | None:
+    for passages in found:
+        if passages is None:
+            return "it is not known by which code"
+        for each in passages:
+            if (reason := flaw(each, late=late)) is not None:
+                return reason
+    return None
+
+
+def _attribute_flaw(
+    found: Sequence[tuple[Passage, ...] | None], after: dict[nn.Module, nn.Module]
+) -> str | None:
+    for each in itertools.chain.from_iterable(filter(None, found)):
+        for module, new in after.items():
+            if (reason := attribute_flaw(each, module, new)) is not None:
+                return reason
+    return None
 
 
 def _is_idle(link: Link) -> bool:

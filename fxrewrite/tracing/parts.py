@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 from torch import fx, nn
 
 from ..module_utils.hooks import has_hooks
+from .passages import Passage, Passages
 from .stops import Stop
 from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
 
@@ -18,12 +19,32 @@ from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, k
 class Part:
     """A submodule that was traced; its graph names everything as the whole model does.
 
-    `name` is its qualified name, empty for the model itself.
+    `name` is its qualified name, empty for the model itself. `undecided` are the modules in it,
+    named from there, whose forward may go other ways than it did.
     """
 
     name: str
     graph: fx.Graph
     constants: dict[str, Any]
+    undecided: frozenset[str]
+    trace_again: Callable[[], Traced] = attrs.field(repr=False)
+
+    def is_decided(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether the forwards in which these two calls stand go one way alone."""
+        paths = (_module_path(node) for node in (first, second))
+        common = [a for a, b in zip(*paths, strict=False) if a == b]
+        within = common[-1] if common else ""
+        return not any(
+            not within or each == within or each.startswith(f"{within}.") for each in self.undecided
+        )
+
+    def passages(self, first: str, second: str) -> tuple[Passage, ...] | None:
+        """How the value of a node got to another one that reads it, if that is known."""
+        return (self._recorded or {}).get((first, second))
+
+    @functools.cached_property
+    def _recorded(self) -> Passages | None:
+        return self.trace_again().passages
 
 
 class Parts:
@@ -64,7 +85,8 @@ class Parts:
         names = {each for each in self._leaves if isinstance(each, str)}
         self._keeps_whole = keeps_whole(tracer or fx.Tracer, types, names)
         self._roots = {id(model)}
-        self._add("", whole)
+        again = functools.partial(attempt, model, self._leaves, tracer, record=True)
+        self._add("", whole, again)
 
     @property
     def inner(self) -> list[str]:
@@ -90,16 +112,18 @@ class Parts:
     def _names(self) -> dict[int, str]:
         return {id(each): name for name, each in self._model.named_modules()}
 
-    def _add(self, name: str, traced: Traced) -> None:
+    def _add(self, name: str, traced: Traced, again: Callable[[], Traced]) -> None:
         """Add what tracing a submodule gave, and go on where it stopped."""
         for each in traced.stops:
             below = _join(name, each.name)
             self.stops[below] = attrs.evolve(each, name=below, error=None)
-        if traced.graph is None:
-            self._open(name)
+        part = _part(name, traced, again)
+        if part is not None:
+            self.parts.append(part)
+        if part is None or traced.graph is None:
+            self._open(name, part)
+        if part is None:
             return
-        part = _part(name, traced)
-        self.parts.append(part)
         if not self.stops and not self._in_leaves:
             return
         for target in dict.fromkeys(str(n.target) for n in part.graph.find_nodes(op="call_module")):
@@ -111,8 +135,9 @@ class Parts:
             elif self._in_leaves and has_hooks(module) and not self._keeps_whole(module, target):
                 self._trace(target, module)
 
-    def _open(self, name: str) -> None:
-        """Go on with the submodules of what can't be traced."""
+    def _open(self, name: str, seen: Part | None = None) -> None:
+        """Go on with the submodules of what can't be traced, but for those that were seen."""
+        inlined = {path for node in seen.graph.nodes for path in _module_path(node)} if seen else ()
         opened = self._model.get_submodule(name)
         if not is_compiled(opened):
             for inner, module in _callable_children(opened, name):
@@ -120,7 +145,7 @@ class Parts:
                     self._open(inner)
                 elif self._keeps_whole(module, inner):
                     self._below_stops[inner] = module
-                else:
+                elif inner.removeprefix(f"{name}.") not in inlined:
                     self._trace(inner, module)
 
     def _trace(self, name: str, module: nn.Module) -> None:
@@ -132,20 +157,31 @@ class Parts:
             for each in self._leaves
             if isinstance(each, type) or each.startswith(f"{name}.")
         ]
-        self._add(name, attempt(module, below, self._tracer).unchecked())
+        again = functools.partial(attempt, module, below, self._tracer, record=True)
+        self._add(name, attempt(module, below, self._tracer).unchecked(), again)
 
     def _is_wanted(self, module: nn.Module) -> bool:
         return any(isinstance(each, self._wanted) for each in module.modules())
 
 
-def _part(name: str, traced: Traced) -> Part:
-    graph = traced.graph
-    assert graph is not None
+def _part(name: str, traced: Traced, again: Callable[[], Traced]) -> Part | None:
+    graph = traced.graph if traced.graph is not None else traced.fragment
+    if graph is None:
+        return None
     if name:
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 node.target = _join(name, str(node.target))
-    return Part(name, graph, {_join(name, key): value for key, value in traced.constants.items()})
+    undecided = {each.name for each in traced.assumptions}
+    undecided |= {""} if traced.graph is None else set()
+    constants = {_join(name, key): value for key, value in traced.constants.items()}
+    return Part(name, graph, constants, frozenset(undecided), again)
+
+
+def _module_path(node: fx.Node) -> list[str]:
+    """The modules whose forwards were under way when a node was made, outermost first."""
+    paths = [str(each[0]) for each in node.meta.get("nn_module_stack", {}).values()]
+    return paths[:-1] if node.op == "call_module" else paths
 
 
 def _callable_children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

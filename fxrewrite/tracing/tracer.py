@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
 from .error_recovery import tolerant
 from .guards import Watch
+from .passages import Passages, Recorder
 from .proxies import Proxy
 from .stops import Stop, stop
 from .thread_guard import watched
@@ -34,7 +36,8 @@ class Traced:
     """A graph, the constants that tracing found, by name, and what could not be traced.
 
     A submodule that could not is one node of the graph; where the model itself could not, there is
-    no graph.
+    no graph, but the `fragment` that was traced before the forward raised. `passages` are there if
+    they were asked for.
     """
 
     graph: fx.Graph | None
@@ -42,6 +45,8 @@ class Traced:
     stops: tuple[Stop, ...] = ()
     reads_buffers: bool = False
     assumptions: tuple[Assumption, ...] = ()
+    fragment: fx.Graph | None = None
+    passages: Passages | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -65,10 +70,10 @@ class Traced:
     def unchecked(self) -> Traced:
         """The same without the steps that check what the graph takes for granted."""
         checks = {each.check for each in self.assumptions if each.check is not None}
-        if self.graph is not None:
-            for node in self.graph.find_nodes(op="call_module"):
-                if node.target in checks:
-                    self.graph.erase_node(node)
+        graph = self.graph if self.graph is not None else self.fragment
+        for node in graph.find_nodes(op="call_module") if graph is not None else ():
+            if node.target in checks and graph is not None:
+                graph.erase_node(node)
         kept = {name: each for name, each in self.constants.items() if name not in checks}
         return attrs.evolve(self, constants=kept)
 
@@ -103,10 +108,13 @@ def attempt(
     leaf_modules: LeafModules = (),
     tracer: fx.Tracer | type[fx.Tracer] | None = None,
     left_out: Mapping[str, str] | None = None,
+    *,
+    record: bool = False,
 ) -> Traced:
     """As `trace`, with each submodule that can't be traced as one node, and no TraceError.
 
     `left_out` are arguments that are traced at their default, with the line that asks for each.
+    `record` asks for the passages of values, which takes longer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
@@ -121,9 +129,10 @@ def attempt(
     with _tracing:
         # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
         # A model that needs a buffer's value then does not trace, and gets a second try without.
-        found = _settled(model, leaves, tracer or _BufferTracer, left_out or {})
+        settled = functools.partial(_settled, left_out=left_out or {}, record=record)
+        found = settled(model, leaves, tracer or _BufferTracer)
         if found.stops and found.reads_buffers and tracer is None:
-            second = _settled(model, leaves, fx.Tracer, left_out or {})
+            second = settled(model, leaves, fx.Tracer)
             better = second.graph is not None and len(second.stops) < len(found.stops)
             if better or found.graph is None:
                 return second
@@ -156,11 +165,12 @@ def _settled(
     leaves: tuple[type[nn.Module] | str, ...],
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
+    record: bool,
 ) -> Traced:
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
     while True:
-        found, changed = _traced(model, (*leaves, *changing), tracer, left_out)
+        found, changed = _traced(model, (*leaves, *changing), tracer, left_out, record)
         if not changed:
             return attrs.evolve(found, stops=(*changing.values(), *found.stops))
         for name in changed:
@@ -193,6 +203,7 @@ def _traced(
     leaves: tuple[type[nn.Module] | str, ...],
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
+    record: bool,
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
@@ -200,16 +211,18 @@ def _traced(
     raised = tolerant(own, names)
     watched(own)
     watch = Watch(own, model, left_out)
+    recorder = Recorder(own) if record else None
     # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
     skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
     before = Snapshot({"": model}, skipped=skipped)
-    known, graph = set(model.__dict__), None
+    known, graph, fragment = set(model.__dict__), None, None
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
             with watch:
                 graph = own.trace(model)
         except Exception as error:
             raised[""] = error
+            fragment = _ended(getattr(own, "graph", None))
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
         constants = {name: each for name, each in found.items() if name.startswith(FX_CONSTANTS)}
@@ -222,10 +235,23 @@ def _traced(
             if isinstance(node.type, str):  # an annotation not evaluated, unknown to torch.jit
                 node.type = None
     reads_buffers = getattr(own, "reads_buffers", False)
-    assumptions = watch.assumptions(graph, raised) if graph is not None else ()
+    found_graph = graph if graph is not None else fragment
+    assumptions = watch.assumptions(found_graph, raised) if found_graph is not None else ()
     checks = {each.check for each in assumptions}
     constants |= {name: each for name, each in watch.expectations.items() if name in checks}
-    return Traced(graph, constants, stops, reads_buffers, assumptions), changed
+    passages = None if recorder is None else recorder.passages
+    return (
+        Traced(graph, constants, stops, reads_buffers, assumptions, fragment, passages),
+        changed,
+    )
+
+
+def _ended(graph: fx.Graph | None) -> fx.Graph | None:
+    """What was traced of a forward that raised, as a graph that gives all that nobody read."""
+    if graph is None or not any(node.op == "call_module" for node in graph.nodes):
+        return None
+    graph.output(tuple(node for node in graph.nodes if not node.users))
+    return graph
 
 
 def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
