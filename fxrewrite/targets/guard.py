@@ -21,13 +21,15 @@ class Pair:
     """Two modules of which the second is only ever called on what the first one gave.
 
     `places` are the lines of the user's code that call them. It `is_direct` where no function of
-    the forward stands between the two.
+    the forward stands between the two. It `counts_writes` where other code may change the value in
+    between, on a way that was not seen.
     """
 
     first: str
     second: str
     places: tuple[str, str]
     is_direct: bool = True
+    counts_writes: bool = False
 
     def error(self, what: str) -> GuardError:
         """The error for a call that is otherwise."""
@@ -56,6 +58,7 @@ class Guard:
             found: dict[Pair, weakref.ref[torch.Tensor]] = self._local.pending
         except AttributeError:
             found = self._local.pending = {}
+            self._local.versions = {}
             self._local.depth = 0
         return found
 
@@ -89,6 +92,13 @@ class Guard:
             pending.clear()
             raise pair.error(f"{pair.first} was called twice, and {pair.second} not in between")
         pending[pair] = weakref.ref(output)
+        if pair.counts_writes:
+            if output.is_inference():
+                raise pair.error(
+                    "torch counts no writes in inference mode, so that it is not seen whether what "
+                    f"{pair.first} gave is changed in place; use torch.no_grad() instead"
+                )
+            self._local.versions[pair] = output._version
 
     def taken(self, pair: Pair, value: Any) -> None:
         """The second module of a pair is called on this."""
@@ -96,6 +106,8 @@ class Guard:
         if before is None or (pair.is_direct and before() is not value):
             self.pending.clear()
             raise pair.error(f"{pair.second} was called on something else than {pair.first} gave")
+        if pair.counts_writes and self._local.versions.pop(pair) != value._version:
+            raise pair.error(f"what {pair.first} gave was changed in place before {pair.second}")
 
 
 @attrs.frozen(eq=False)

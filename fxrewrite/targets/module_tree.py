@@ -139,7 +139,7 @@ class ModuleTreeTarget(GraphTarget):
             late = any(link.node < node for link in gone for node in stays)
             for first, second in itertools.pairwise(path):
                 passages = self._passages(first, second)
-                reason = _flaw(passages or (), late) or _attribute_flaw(passages or (), after)
+                reason = _flaw(passages or (), late, strict=False) or _attribute_flaw(passages or (), after)
                 if reason is not None:
                     return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
             self._guard(path)
@@ -173,7 +173,9 @@ class ModuleTreeTarget(GraphTarget):
             if known is not None:
                 places = line_of(known[0], giving=True), line_of(known[-1])
             names = self._modules[path[i]], self._modules[path[j]]
-            self.pairs.setdefault(names, Pair(*names, places, is_direct=j == i + 1))
+            in_place = _flaw(found or (), False) is not None
+            pair = Pair(*names, places, is_direct=j == i + 1, counts_writes=in_place)
+            self.pairs.setdefault(names, pair)
 
     def _shown(self, node: str) -> str:
         return self._modules.get(node, node)
@@ -201,12 +203,14 @@ class ModuleTreeTarget(GraphTarget):
         return dict.fromkeys(str(node.target) for node in calls)
 
 
-def _flaw(found: Sequence[tuple[Passage, ...] | None], late: bool) -> str | None:
+def _flaw(
+    found: Sequence[tuple[Passage, ...] | None], late: bool, *, strict: bool = True
+) -> str | None:
     for passages in found:
         if passages is None:
             return "it is not known by which code"
         for each in passages:
-            if (reason := flaw(each, late=late)) is not None:
+            if (reason := flaw(each, strict=strict, late=late)) is not None:
                 return reason
     return None
 
