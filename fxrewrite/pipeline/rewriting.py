@@ -22,13 +22,12 @@ from ..targets.evidence import Evidence
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
-from ..targets.module_copy import copied
 from ..targets.guard import guarded
+from ..targets.module_copy import copied
 from ..targets.module_tree import ModuleTreeTarget
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
-from ..tracing.parts import Part, Parts
-from ..tracing.passages import Passage
+from ..tracing.parts import Parts
 from ..tracing.stops import Stop
 from ..tracing.tracer import attempt, checked_leaves, is_compiled
 from .applying import apply
@@ -181,9 +180,7 @@ def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
         evidence = Evidence(model, example_inputs, parts.keeps_whole, parts.inner)
         _record_shapes_of_parts(views, evidence)
     targets = {
-        view: ModuleTreeTarget(
-            view, _passages(part), evidence, is_certain=traced.is_certain and not part.name
-        )
+        view: ModuleTreeTarget(view, part, evidence, is_certain=traced.is_certain and not part.name)
         for view, part in zip(views, parts.parts, strict=True)
     }
     unseen = parts.unseen()
@@ -191,7 +188,7 @@ def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
         graph, remarks = evidence.graph(unseen)
         seen = GraphView(model, graph, {}, modules)
         seen.remarks.update(remarks)
-        targets[seen] = ModuleTreeTarget(seen, evidence.passages, evidence, is_certain=False)
+        targets[seen] = ModuleTreeTarget(seen, evidence, evidence, is_certain=False)
 
     def write_out() -> nn.Module:
         replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
@@ -201,17 +198,6 @@ def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
 
     stops = tuple(parts.stops.values())
     return _Job("modules", targets, modules, write_out, stops, traced.assumptions)
-
-
-def _passages(part: Part) -> Callable[[str, str], list[tuple[Passage, ...] | None] | None]:
-    nodes = {node.name: node for node in part.graph.nodes}
-
-    def passages(first: str, second: str) -> list[tuple[Passage, ...] | None] | None:
-        if part.is_decided(nodes[first], nodes[second]):
-            return None
-        return [part.passages(first, second)]
-
-    return passages
 
 
 def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) -> list[GraphView]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -178,6 +178,10 @@ class Evidence:
             "code that can't be traced"
         )
         return graph, remarks
+
+    def is_decided(self, first: str, second: str) -> bool:
+        """A run shows one way of several."""
+        return False
 
     def passages(self, first: str, second: str) -> list[tuple[Passage, ...] | None]:
         """How the value of a node of the graph got to another one, in each call of that."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..errors import GuardError
-from .module_copy import copied
 
 
 @attrs.frozen(eq=False)
@@ -33,8 +32,11 @@ class Pair:
 
     def error(self, what: str) -> GuardError:
         """The error for a call that is otherwise."""
-        at = "".join(f"\n  {name} is called at {place}" for name, place in zip(
-            (self.first, self.second), self.places, strict=True) if place)
+        at = "".join(
+            f"\n  {name} is called at {place}"
+            for name, place in zip((self.first, self.second), self.places, strict=True)
+            if place
+        )
         return GuardError(
             f"{what}. {self.first} and {self.second} were rewritten as one, since each call of "
             f"{self.second} read what {self.first} gave:{at}\nLeave one of the two out of the "

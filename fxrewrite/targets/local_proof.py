@@ -7,31 +7,21 @@ is no flaw here: that is seen at run time.
 from __future__ import annotations
 
 import ast
-import dis
 import functools
-import linecache
 from collections.abc import Iterable, Iterator, Sequence
-from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 import attrs
-import torch
 from torch import nn
 
-from ..ir.op_traits import ATTRIBUTES, traits_of_method
+from ..ir.op_traits import traits_of_method
 from ..tracing.passages import Passage
+from .sources import COMPREHENSIONS, Scope, Source, asks_metadata, found
 
 _MOST_STATES = 500
-_Scope: TypeAlias = (
-    ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-    | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-)  # fmt: skip
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, *_COMPREHENSIONS)
 # What asks nothing of a tensor but what it is, and what may get at any variable.
 _QUESTIONS = frozenset({"isinstance", "is_tensor", "hasattr", "len", "type"})
 _OF_ALL_VARIABLES = frozenset({"locals", "vars", "eval", "exec"})
-_METADATA = frozenset({"is_cuda", "layout", "requires_grad"})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,155 +35,10 @@ def flaw(way: Passage, *, strict: bool = True, late: bool = False) -> str | None
     """
     if way.code is nn.Sequential.forward.__code__:  # the way through it is the same each time
         return None
-    source, begin, end, scope = _found(way)
+    source, begin, end, scope = found(way)
     if source is None or scope is None or begin is None or (way.end is not None and end is None):
         return f"its source is not found, {way.code.co_filename}:{way.code.co_firstlineno}"
     return _Walk(scope, begin, end, source, strict, late).flaw()
-
-
-def attribute_flaw(way: Passage, module: nn.Module, new: nn.Module) -> str | None:
-    """Why a function may see another attribute of a module than before, or None; with the line.
-
-    Type, device and shape of tensors that stay are no such attributes, and neither is the class of
-    what keeps it.
-    """
-    source, _, _, scope = _found(way)
-    if source is None or scope is None:
-        return None
-    for path, name, is_metadata, node in _attributes(scope):
-        known = None if path is None else _at(way.owner, path)
-        if known is not module and (path is not None or name not in _tensors_of(module)):
-            continue
-        was = getattr(module, name, None)
-        now = getattr(new, name, None)
-        same = was is now or (type(was) is type(now) and is_metadata)
-        if not same and not isinstance(was, torch.Tensor) and not callable(was):
-            same = type(was) is type(now) and bool(was == now)
-        if not same and (path is None or hasattr(module, name)):
-            return f"{name} of {type(module).__name__} may be read, at {source.line(node)}"
-    return None
-
-
-def line_of(way: Passage, *, giving: bool = False) -> str:
-    """The line at which a function calls what gives, or takes, a value."""
-    source, begin, end, _ = _found(way)
-    node = begin if giving else end
-    return source.line(node) if source is not None and isinstance(node, ast.expr) else ""
-
-
-def _found(
-    way: Passage,
-) -> tuple[_Source | None, ast.expr | str | None, ast.expr | None, _Scope | None]:
-    """The source, the expressions where the value is given and taken, and what they stand in."""
-    source = _source(way.code.co_filename)
-    if source is None:
-        return None, None, None, None
-    begin = way.begin if isinstance(way.begin, str) else source.at(way.code, way.begin)
-    end = None if way.end is None else source.at(way.code, way.end)
-    scope = source.scope(way.code, begin if isinstance(begin, ast.expr) else end)
-    return source, begin, end, scope
-
-
-@functools.lru_cache(maxsize=1024)
-def _attributes(scope: _Scope) -> list[tuple[tuple[str, ...] | None, str, bool, ast.Attribute]]:
-    """The attributes that a function reads: of what path from `self`, name, whether for metadata."""
-    parents = {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
-    found = []
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            above = parents.get(node)
-            is_metadata = isinstance(above, ast.Attribute) and _asks_metadata(above.attr)
-            found.append((_path(node.value), node.attr, is_metadata, node))
-    return found
-
-
-def _asks_metadata(name: str) -> bool:
-    known = name in ATTRIBUTES and ATTRIBUTES[name].asks == "metadata"
-    return known or name in _METADATA or traits_of_method(name).asks == "metadata"
-
-
-def _path(node: ast.expr) -> tuple[str, ...] | None:
-    """The attributes by which something is reached from `self`, if it is."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    is_self = isinstance(node, ast.Name) and node.id == "self"
-    return tuple(reversed(names)) if is_self else None
-
-
-def _at(owner: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        owner = getattr(owner, name, None)
-    return owner
-
-
-def _tensors_of(module: nn.Module) -> frozenset[str]:
-    return frozenset((*module._parameters, *module._buffers))
-
-
-class _Source:
-    """A file's syntax tree, with the scope that each expression stands in."""
-
-    def __init__(self, name: str, tree: ast.Module) -> None:
-        self.name = name
-        self._by_end: dict[tuple[int | None, int | None], list[ast.expr]] = {}
-        self._scopes: list[_Scope] = []
-        self._inside: dict[ast.AST, tuple[_Scope, ...]] = {}
-        self._add(tree, ())
-
-    def _add(self, node: ast.AST, inside: tuple[_Scope, ...]) -> None:
-        if isinstance(node, ast.expr):
-            self._by_end.setdefault((node.end_lineno, node.end_col_offset), []).append(node)
-            self._inside[node] = inside
-        if isinstance(node, _SCOPES):
-            self._scopes.append(node)
-            inside = (*inside, node)
-        for child in ast.iter_child_nodes(node):
-            self._add(child, inside)
-
-    def at(self, code: CodeType, instruction: int) -> ast.expr | None:
-        """The expression that an instruction computes."""
-        positions = getattr(code, "co_positions", None)
-        if positions is None:  # Python 3.10 tells the line alone
-            line = next((n for a, b, n in code.co_lines() if a <= instruction < b), None)
-            known = (each for found in self._by_end.values() for each in found)
-            calls = [e for e in known if isinstance(e, ast.Call) and e.lineno == line]
-            return calls[0] if len(calls) == 1 else None
-        line, end_line, column, end_column = list(positions())[instruction // 2]
-        found = self._by_end.get((end_line, end_column), [])
-        if dis.opname[code.co_code[instruction]].startswith(("CALL", "PRECALL")):
-            return next((each for each in found if isinstance(each, ast.Call)), None)
-        exact = (each for each in found if (each.lineno, each.col_offset) == (line, column))
-        return next(exact, None)
-
-    def scope(self, code: CodeType, expression: ast.expr | None) -> _Scope | None:
-        """The function, or comprehension, whose code this is."""
-        inside = self._scopes if expression is None else self._inside[expression]
-        return next((each for each in reversed(inside) if _is_code_of(each, code)), None)
-
-    def line(self, node: ast.AST) -> str:
-        """Where a node is: file, number and text of the line."""
-        number = getattr(node, "lineno", 0)
-        return f"{self.name}:{number}: {linecache.getline(self.name, number).strip()}"
-
-
-def _is_code_of(scope: _Scope, code: CodeType) -> bool:
-    if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
-        first = min(each.lineno for each in (scope, *scope.decorator_list))
-        return scope.name == code.co_name and first == code.co_firstlineno
-    name = {ast.Lambda: "lambda", ast.GeneratorExp: "genexpr"}.get(type(scope))
-    return code.co_name == f"<{name or type(scope).__name__.lower()}>" and (
-        scope.lineno == code.co_firstlineno
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _source(name: str) -> _Source | None:
-    try:
-        return _Source(name, ast.parse("".join(linecache.getlines(name)) or "?"))
-    except SyntaxError:
-        return None
 
 
 Status = Literal["none", "fresh", "read", "taken"]
@@ -228,10 +73,10 @@ class _Walk:
 
     def __init__(
         self,
-        scope: _Scope,
+        scope: Scope,
         begin: ast.expr | str,
         end: ast.expr | None,
-        source: _Source,
+        source: Source,
         strict: bool,
         late: bool,
     ) -> None:
@@ -249,7 +94,7 @@ class _Walk:
             if self._begin in self._outer:
                 return f"a nested function may read {self._begin}"
         try:
-            if isinstance(self._scope, _COMPREHENSIONS):
+            if isinstance(self._scope, COMPREHENSIONS):
                 self._comprehension(self._scope, first)
             elif isinstance(self._scope, ast.Lambda):
                 self._return(self._scope.body, {first})
@@ -443,7 +288,9 @@ class _Walk:
                 return {(state, False)}
             case ast.NamedExpr():
                 values = self._value(node.value, state)
-                return {(s, h) for v in values for h in [v[1]] for s in self._bind(node.target, {v})}
+                return {
+                    (s, h) for v in values for h in [v[1]] for s in self._bind(node.target, {v})
+                }
             case ast.IfExp():
                 states = self._plain(node.test, {state})
                 return self._values(node.body, states) | self._values(node.orelse, states)
@@ -454,10 +301,10 @@ class _Walk:
             case ast.Call():
                 return self._call(node, state)
             case ast.Attribute():
-                known = _asks_metadata(node.attr)
+                known = asks_metadata(node.attr)
                 values = self._value(node.value, state)
                 return self._given(node, values if not known else {(s, False) for s, _ in values})
-        if isinstance(node, _COMPREHENSIONS):
+        if isinstance(node, COMPREHENSIONS):
             return {(each, False) for each in self._comprehension(node, state)}
         inner = [each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)]
         is_identity = isinstance(node, ast.Compare) and all(
@@ -551,13 +398,15 @@ class _Walk:
         return attrs.evolve(state, status="taken")
 
     def _said(self, what: str, node: ast.AST) -> str:
-        return f"{getattr(self._scope, 'name', 'an expression')} {what}, at {self._source.line(node)}"
+        return (
+            f"{getattr(self._scope, 'name', 'an expression')} {what}, at {self._source.line(node)}"
+        )
 
 
 def _is_question(node: ast.Call) -> bool:
     function = node.func
     if isinstance(function, ast.Attribute):
-        return function.attr in _QUESTIONS or _asks_metadata(function.attr)
+        return function.attr in _QUESTIONS or asks_metadata(function.attr)
     return getattr(function, "id", "") in _QUESTIONS
 
 
@@ -573,7 +422,7 @@ def _starred(*nodes: ast.expr) -> bool:
     return any(isinstance(each, ast.Starred) for each in nodes)
 
 
-def _names_of_inner_scopes(scope: _Scope) -> frozenset[str]:
+def _names_of_inner_scopes(scope: Scope) -> frozenset[str]:
     """The variables that functions inside may read, and those that are not the scope's own."""
     names: set[str] = set()
     for inner in _inside(scope):
@@ -584,7 +433,7 @@ def _names_of_inner_scopes(scope: _Scope) -> frozenset[str]:
     return frozenset(names)
 
 
-def _inside(scope: _Scope) -> Iterator[ast.AST]:
+def _inside(scope: Scope) -> Iterator[ast.AST]:
     for child in ast.walk(scope):
         if child is not scope:
             yield child

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import nn
 from typing_extensions import override
@@ -19,12 +20,21 @@ from ..tracing.passages import Passage
 from .evidence import Evidence
 from .graph_target import GraphTarget
 from .guard import Pair
-from .local_proof import attribute_flaw, flaw, line_of
+from .local_proof import flaw
+from .module_reads import read_flaw
+from .sources import line_of
 
 _ELSEWHERE = "into='graph' can rewrite it"
 
-Passages = Callable[[str, str], "Sequence[tuple[Passage, ...] | None] | None"]
-"""How a node's value gets to another one that reads it: None where there is but one way."""
+
+class Calls(Protocol):
+    """How values get from one node of a graph to another one that reads it."""
+
+    def is_decided(self, first: str, second: str) -> bool:
+        """Whether the forwards in which these two calls stand go one way alone."""
+
+    def passages(self, first: str, second: str) -> Sequence[tuple[Passage, ...] | None]:
+        """By which code, for each time that it was seen; None where that is not known."""
 
 
 class ModuleTreeTarget(GraphTarget):
@@ -37,7 +47,7 @@ class ModuleTreeTarget(GraphTarget):
     def __init__(
         self,
         view: GraphView,
-        passages: Passages,
+        calls: Calls,
         evidence: Evidence | None = None,
         *,
         is_certain: bool,
@@ -47,7 +57,7 @@ class ModuleTreeTarget(GraphTarget):
         `is_certain` says that the modules can't be called otherwise than in the graph.
         """
         super().__init__(view)
-        self._passages, self._evidence, self._is_certain = passages, evidence, is_certain
+        self._calls, self._evidence, self._is_certain = calls, evidence, is_certain
         self._before = self._called()
         self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
         self._modules = {
@@ -126,22 +136,24 @@ class ModuleTreeTarget(GraphTarget):
             reason = self._evidence.refusal(chain, self._gone | self._idle)
             if reason is not None:
                 return reason
+        path = self._path(site)
+        if path is None:
+            return "it is not known how its values get from one call to the next"
+        stays = [link.node for link in site.links if link not in gone]
+        late = any(link.node < node for link in gone for node in stays)
+        for first, second in itertools.pairwise(path):
+            found = self._calls.passages(first, second)
+            is_decided = self._is_certain or self._calls.is_decided(first, second)
+            reason = None if is_decided else _flaw(found, late, strict=False)
+            if reason is not None:
+                return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
+            for link in changed:
+                after = new.get(link) or nn.Identity()
+                for each in itertools.chain.from_iterable(filter(None, found)):
+                    reason = read_flaw(each, self._original(link), after)
+                    if reason is not None and not _stays(link):
+                        return reason
         if not self._is_certain:
-            path = self._path(site)
-            if path is None:
-                return "it is not known how its values get from one call to the next"
-            after = {
-                self._original(link): new.get(link) or nn.Identity()
-                for link in changed
-                if not _stays(link)
-            }
-            stays = [link.node for link in site.links if link not in gone]
-            late = any(link.node < node for link in gone for node in stays)
-            for first, second in itertools.pairwise(path):
-                passages = self._passages(first, second)
-                reason = _flaw(passages or (), late, strict=False) or _attribute_flaw(passages or (), after)
-                if reason is not None:
-                    return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
             self._guard(path)
         self._gone |= {id(self._original(link)) for link in gone}
         self._gone_nodes |= {link.node.name for link in gone}
@@ -167,14 +179,16 @@ class ModuleTreeTarget(GraphTarget):
         """Watch the calls of modules that follow one on the other."""
         at = [i for i, name in enumerate(path) if name in self._modules]
         for i, j in itertools.pairwise(at):
-            found = self._passages(path[i], path[j]) if j == i + 1 else ()
-            known = next((each for each in found or () if each), None)
+            is_direct = j == i + 1
+            found = self._calls.passages(path[i], path[j]) if is_direct else ()
+            known = next(filter(None, found), None)
             places = ("", "")
             if known is not None:
                 places = line_of(known[0], giving=True), line_of(known[-1])
             names = self._modules[path[i]], self._modules[path[j]]
-            in_place = _flaw(found or (), False) is not None
-            pair = Pair(*names, places, is_direct=j == i + 1, counts_writes=in_place)
+            is_decided = self._calls.is_decided(path[i], path[j])
+            in_place = not is_decided and _flaw(found, False) is not None
+            pair = Pair(*names, places, is_direct=is_direct, counts_writes=in_place)
             self.pairs.setdefault(names, pair)
 
     def _shown(self, node: str) -> str:
@@ -211,16 +225,6 @@ def _flaw(
             return "it is not known by which code"
         for each in passages:
             if (reason := flaw(each, strict=strict, late=late)) is not None:
-                return reason
-    return None
-
-
-def _attribute_flaw(
-    found: Sequence[tuple[Passage, ...] | None], after: dict[nn.Module, nn.Module]
-) -> str | None:
-    for each in itertools.chain.from_iterable(filter(None, found)):
-        for module, new in after.items():
-            if (reason := attribute_flaw(each, module, new)) is not None:
                 return reason
     return None
 

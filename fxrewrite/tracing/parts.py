@@ -15,7 +15,7 @@ from .stops import Stop
 from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False, slots=False)
 class Part:
     """A submodule that was traced; its graph names everything as the whole model does.
 
@@ -28,19 +28,24 @@ class Part:
     constants: dict[str, Any]
     undecided: frozenset[str]
     trace_again: Callable[[], Traced] = attrs.field(repr=False)
+    _paths: dict[str, list[str]] = attrs.field(init=False)
 
-    def is_decided(self, first: fx.Node, second: fx.Node) -> bool:
+    @_paths.default
+    def _(self) -> dict[str, list[str]]:
+        return {node.name: _module_path(node) for node in self.graph.nodes}
+
+    def is_decided(self, first: str, second: str) -> bool:
         """Whether the forwards in which these two calls stand go one way alone."""
-        paths = (_module_path(node) for node in (first, second))
+        paths = (self._paths[name] for name in (first, second))
         common = [a for a, b in zip(*paths, strict=False) if a == b]
         within = common[-1] if common else ""
         return not any(
             not within or each == within or each.startswith(f"{within}.") for each in self.undecided
         )
 
-    def passages(self, first: str, second: str) -> tuple[Passage, ...] | None:
-        """How the value of a node got to another one that reads it, if that is known."""
-        return (self._recorded or {}).get((first, second))
+    def passages(self, first: str, second: str) -> list[tuple[Passage, ...] | None]:
+        """How the value of a node got to another one that reads it; None where that is unknown."""
+        return [(self._recorded or {}).get((first, second))]
 
     @functools.cached_property
     def _recorded(self) -> Passages | None:

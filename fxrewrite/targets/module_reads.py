@@ -1,0 +1,130 @@
+"""Whether a function may see that a module has become another, but by calling it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from ..tracing.passages import Passage
+from .sources import Scope, asks_metadata, found
+
+# Of what these are given, they only look for what stands at which place.
+_CONTAINERS = frozenset({"enumerate", "iter", "len", "list", "next", "reversed", "tuple", "zip"})
+_OF_TENSORS = frozenset(
+    {"buffers", "named_buffers", "named_parameters", "parameters", "state_dict"}
+)
+
+
+@attrs.frozen
+class _Read:
+    """What a function does with `self`, or with what is reached from it by a path; or with another.
+
+    `name` is an attribute that it reads or sets, or else a call that is given it: `of` has then the
+    names of the types that `isinstance` asks for. A read `is_metadata` where it asks for the type,
+    device or shape of a tensor alone.
+    """
+
+    path: tuple[str, ...] | None
+    name: str
+    node: ast.AST
+    is_set: bool = False
+    is_metadata: bool = False
+    is_argument: bool = False
+    of: frozenset[str] = frozenset()
+
+
+def read_flaw(passage: Passage, module: nn.Module, new: nn.Module) -> str | None:
+    """Why a function may tell a module from what it becomes, or None; with the line.
+
+    Args:
+        passage: a passage of a value through one call of the function.
+        module: a module of the model.
+        new: what stands in its place afterwards.
+    """
+    source, _, _, scope = found(passage)
+    if source is None or scope is None:
+        return None
+    for read in _reads(scope):
+        if _tells(read, passage.owner, module, new):
+            kind = type(module).__name__
+            return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
+    return None
+
+
+def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:
+    known = None if read.path is None else _at(owner, read.path)
+    if read.is_argument and read.of:
+        was, now = ({each.__name__ for each in type(m).__mro__} for m in (module, new))
+        return (known is module or read.path is None) and not read.of.isdisjoint(was - now)
+    if read.name in _OF_TENSORS and isinstance(known, nn.Module) and known is not module:
+        return not read.is_metadata and any(each is module for each in known.modules())
+    if known is not module:
+        tensors = (*module._parameters, *module._buffers)
+        return read.path is None and read.name in tensors and not read.is_metadata
+    if read.is_argument or read.is_set:
+        return True
+    was, now = getattr(module, read.name, None), getattr(new, read.name, None)
+    if type(was) is not type(now):
+        return True
+    return not (read.is_metadata if isinstance(was, torch.Tensor) else bool(was == now))
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads(scope: Scope) -> tuple[_Read, ...]:
+    return tuple(_all_reads(scope))
+
+
+def _all_reads(scope: Scope) -> Iterator[_Read]:
+    above = {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Attribute):
+            is_set = not isinstance(node.ctx, ast.Load)
+            is_metadata = _is_metadata(node, above)
+            yield _Read(_path(node.value), node.attr, node, is_set, is_metadata)
+        elif isinstance(node, ast.Call) and _name(node.func) not in _CONTAINERS:
+            name = _name(node.func)
+            given = [*node.args, *(each.value for each in node.keywords)]
+            types = frozenset()
+            if name in ("isinstance", "issubclass", "type"):
+                given, asked = given[:1], given[1:]
+                types = frozenset(_name(e) for each in asked for e in ast.walk(each)) - {""}
+            for each in given:
+                path = _path(each.value if isinstance(each, ast.Starred) else each)
+                if path or types:
+                    yield _Read(path, name, node, is_argument=True, of=types)
+
+
+def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
+    """Whether of a tensor, or of the first of several, no number is asked for."""
+    parent: ast.AST | None = above.get(node)
+    if node.attr in _OF_TENSORS and isinstance(parent, ast.Call):
+        outer = above.get(parent)
+        if not isinstance(outer, ast.Call) or _name(outer.func) != "next":
+            return False
+        parent = above.get(outer)
+    return isinstance(parent, ast.Attribute) and asks_metadata(parent.attr)
+
+
+def _path(node: ast.expr) -> tuple[str, ...] | None:
+    """The attributes by which something is reached from `self`, if it is."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else None
+
+
+def _at(owner: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _name(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
