@@ -47,11 +47,21 @@ def read_flaw(passage: Passage, module: nn.Module, new: nn.Module) -> str | None
         module: a module of the model.
         new: what stands in its place afterwards.
     """
+    return _flaw(passage, module, new, of_any=True)
+
+
+def read_above(owner: nn.Module, module: nn.Module, new: nn.Module) -> str | None:
+    """As `read_flaw`, of the forward of a module that contains this one, by paths from `self`."""
+    code = getattr(type(owner).forward, "__code__", None)
+    return code and _flaw(Passage(code, "self", None, owner), module, new, of_any=False)
+
+
+def _flaw(passage: Passage, module: nn.Module, new: nn.Module, *, of_any: bool) -> str | None:
     source, _, _, scope = found(passage)
     if source is None or scope is None:
         return None
     for read in _reads(scope):
-        if _tells(read, passage.owner, module, new):
+        if (of_any or read.path is not None) and _tells(read, passage.owner, module, new):
             kind = type(module).__name__
             return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
     return None

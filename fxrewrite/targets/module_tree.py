@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -16,12 +16,13 @@ from ..engine.match import Link, Site
 from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
+from ..module_utils.names import parent_name
 from ..tracing.passages import Passage
 from .evidence import Evidence
 from .graph_target import GraphTarget
 from .guard import Pair
 from .local_proof import flaw
-from .module_reads import read_flaw
+from .module_reads import read_above, read_flaw
 from .sources import line_of
 
 _ELSEWHERE = "into='graph' can rewrite it"
@@ -141,18 +142,21 @@ class ModuleTreeTarget(GraphTarget):
             return "it is not known how its values get from one call to the next"
         stays = [link.node for link in site.links if link not in gone]
         late = any(link.node < node for link in gone for node in stays)
+        passages: set[Passage] = set()
         for first, second in itertools.pairwise(path):
             found = self._calls.passages(first, second)
             is_decided = self._is_certain or self._calls.is_decided(first, second)
             reason = None if is_decided else _flaw(found, late, strict=False)
             if reason is not None:
                 return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
-            for link in changed:
-                after = new.get(link) or nn.Identity()
-                for each in itertools.chain.from_iterable(filter(None, found)):
-                    reason = read_flaw(each, self._original(link), after)
-                    if reason is not None and not _stays(link):
-                        return reason
+            passages.update(itertools.chain.from_iterable(filter(None, found)))
+        for link in changed:
+            module, after = self._original(link), new.get(link) or nn.Identity()
+            by_code = (read_flaw(each, module, after) for each in passages)
+            above = (read_above(each, module, after) for each in self._owners(link))
+            reason = next(filter(None, (*by_code, *above)), None)
+            if reason is not None and not _stays(link):
+                return reason
         if not self._is_certain:
             self._guard(path)
         self._gone |= {id(self._original(link)) for link in gone}
@@ -197,6 +201,13 @@ class ModuleTreeTarget(GraphTarget):
     def _is_called(self, link: Link) -> bool:
         """Whether a link is a call of a module of the model."""
         return link.module is not None and name_of(link.node) in self._view.modules
+
+    def _owners(self, link: Link) -> Iterator[nn.Module]:
+        """The modules that contain what a link calls."""
+        name = name_of(link.node)
+        while name:
+            name, _ = parent_name(name)
+            yield self._view.modules[name]
 
     def _original(self, link: Link) -> nn.Module:
         return self._view.modules[name_of(link.node)]

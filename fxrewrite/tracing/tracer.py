@@ -222,7 +222,7 @@ def _traced(
                 graph = own.trace(model)
         except Exception as error:
             raised[""] = error
-            fragment = _ended(getattr(own, "graph", None))
+            fragment = getattr(own, "graph", None)
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
         constants = {name: each for name, each in found.items() if name.startswith(FX_CONSTANTS)}
@@ -244,14 +244,6 @@ def _traced(
         Traced(graph, constants, stops, reads_buffers, assumptions, fragment, passages),
         changed,
     )
-
-
-def _ended(graph: fx.Graph | None) -> fx.Graph | None:
-    """What was traced of a forward that raised, as a graph that gives all that nobody read."""
-    if graph is None or not any(node.op == "call_module" for node in graph.nodes):
-        return None
-    graph.output(tuple(node for node in graph.nodes if not node.users))
-    return graph
 
 
 def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
