@@ -18,6 +18,7 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
         leaves: the qualified names that the tracer takes for leaves; those that raise are added.
     """
     raised: dict[str, Exception] = {}
+    unanswered = _note_questions(tracer)
     call_module, getattr_ = tracer.call_module, tracer.getattr
     reads: dict[str, fx.Proxy] = {}
 
@@ -28,14 +29,18 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
 
     def call(module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         nodes = tracer.graph.nodes
-        count, depth = len(nodes), len(tracer.module_stack)
+        count, depth, before = len(nodes), len(tracer.module_stack), len(unanswered)
         try:
-            return call_module(module, forward, args, kwargs)
+            result = call_module(module, forward, args, kwargs)
+            if len(unanswered) > before:
+                raise unanswered[before]  # which the forward has caught
+            return result
         except Exception as error:
             name = tracer.path_of_module(module)
             if tracer.is_leaf_module(module, name):
                 raise
             raised[name] = error
+        del unanswered[before:]
         leaves.add(name)
         while len(tracer.module_stack) > depth:
             tracer.module_stack.popitem()
@@ -48,6 +53,33 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
             del reads[read]  # FX reads a parameter once, and hands that out from then on
         return call_module(module, forward, args, kwargs)
 
+    def trace(*args: Any, **kwargs: Any) -> fx.Graph:
+        graph = trace_(*args, **kwargs)
+        if unanswered:
+            raise unanswered[0]
+        return graph
+
+    trace_, tracer.trace = tracer.trace, trace  # type: ignore[method-assign]
     tracer.call_module = call  # type: ignore[method-assign, assignment]
     tracer.getattr = get  # type: ignore[method-assign, assignment]
     return raised
+
+
+def _note_questions(tracer: fx.Tracer) -> list[Exception]:
+    """The errors with which a tracer answers questions, also those that a forward catches."""
+    noted: list[Exception] = []
+
+    def noting(answer: Any) -> Any:
+        def ask(value: fx.Proxy) -> Any:
+            try:
+                return answer(value)
+            except Exception as error:
+                noted.append(error)
+                raise
+
+        return ask
+
+    tracer.to_bool = noting(tracer.to_bool)  # type: ignore[method-assign]
+    tracer.iter = noting(tracer.iter)  # type: ignore[method-assign]
+    tracer.keys = noting(tracer.keys)  # type: ignore[method-assign]
+    return noted
