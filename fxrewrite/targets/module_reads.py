@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
-from ..tracing.passages import Passage
+from ..tracing.passages import Passage, is_passed_over
 from .sources import Scope, asks_metadata, found
 
 # Of what these are given, they only look for what stands at which place.
@@ -52,8 +53,26 @@ def read_flaw(passage: Passage, module: nn.Module, new: nn.Module) -> str | None
 
 def read_above(owner: nn.Module, module: nn.Module, new: nn.Module) -> str | None:
     """As `read_flaw`, of the forward of a module that contains this one, by paths from `self`."""
-    code = getattr(type(owner).forward, "__code__", None)
-    return code and _flaw(Passage(code, "self", None, owner), module, new, of_any=False)
+    for code in _forward_codes(type(owner)):
+        reason = _flaw(Passage(code, "self", None, owner), module, new, of_any=False)
+        if reason is not None:
+            return reason
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_codes(kind: Any) -> tuple[CodeType, ...]:
+    """The code of a type's forward, and of the methods that it mentions."""
+    codes, pending = dict[CodeType, None](), ["forward"]
+    while pending:
+        code = getattr(getattr(kind, pending.pop(), None), "__code__", None)
+        if code is None or code in codes or is_passed_over(code):
+            continue
+        codes[code] = None
+        source, _, _, scope = found(Passage(code, "self", None))
+        if source is not None and scope is not None:
+            pending += [read.name for read in _reads(scope) if read.path == ()]
+    return tuple(codes)
 
 
 def _flaw(passage: Passage, module: nn.Module, new: nn.Module, *, of_any: bool) -> str | None:

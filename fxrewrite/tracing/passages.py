@@ -56,7 +56,7 @@ def stack(until: FrameType | None = None) -> Stack:
     found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not until:
-        if not _is_passed_over(frame.f_code):
+        if not is_passed_over(frame.f_code):
             found.append(_Place(frame, frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return found[::-1]
@@ -146,5 +146,6 @@ def _is_hooked(place: _Place) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_passed_over(code: CodeType) -> bool:
+def is_passed_over(code: CodeType) -> bool:
+    """Whether a function hands values on for torch, FX or us, and is no code of a user's."""
     return code.co_filename.startswith(_PASSED_OVER)
