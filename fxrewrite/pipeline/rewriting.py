@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -24,7 +24,7 @@ from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
 from ..targets.guard import guarded
 from ..targets.module_copy import copied
-from ..targets.module_tree import ModuleTreeTarget
+from ..targets.module_tree import Calls, ModuleTreeTarget
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
@@ -86,17 +86,22 @@ def rewrite(
 
     The order is: trace; lift, drive and lower, which is `apply`; write out; report.
     """
-    traced = model if isinstance(model, ExportedProgram) else _trace(model, options)
-    # Weights made under inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
-        if isinstance(traced, ExportedProgram):
-            job = _for_program(traced, options)
-        elif traced.into == "graph":
-            job = _for_graph(traced, example_inputs)
-        else:
-            job = _for_modules(traced, example_inputs)
-        done = apply(job.targets, options.rules, job.modules, job.stops, limit)
-        made = job.write_out()
+    apart: set[int] = set()
+    while True:
+        traced = model if isinstance(model, ExportedProgram) else _trace(model, options)
+        # Weights made under inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(traced, ExportedProgram):
+                job = _for_program(traced, options)
+            elif traced.into == "graph":
+                job = _for_graph(traced, example_inputs)
+            else:
+                job = _for_modules(traced, example_inputs, apart)
+            done = apply(job.targets, options.rules, job.modules, job.stops, limit)
+            if not (found := job.conflicts()):
+                made = job.write_out()
+                break
+        apart |= found
     report = done.report(model, made, job.into)
     report = attrs.evolve(report, assumptions=job.assumptions)
     return Rewritten(model, example_inputs, options, made, report, done.sites)
@@ -129,6 +134,7 @@ class _Job:
     write_out: Callable[[], Any]
     stops: Sequence[Stop] = ()
     assumptions: tuple[Assumption, ...] = ()
+    conflicts: Callable[[], Collection[int]] = set
 
 
 def _trace(model: nn.Module, options: Options) -> _Traced:
@@ -172,23 +178,36 @@ def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
     )
 
 
-def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
+def _for_modules(traced: _Traced, example_inputs: Any, apart: Collection[int]) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
     views = _views(traced, modules, example_inputs)
     evidence = None
     if example_inputs is not None:
         evidence = Evidence(model, example_inputs, parts.keeps_whole, parts.inner)
         _record_shapes_of_parts(views, evidence)
-    targets = {
-        view: ModuleTreeTarget(view, part, evidence, is_certain=traced.is_certain and not part.name)
-        for view, part in zip(views, parts.parts, strict=True)
-    }
+    calls: dict[GraphView, Calls] = dict(zip(views, parts.parts, strict=True))
     unseen = parts.unseen()
     if unseen and evidence is not None:
         graph, remarks = evidence.graph(unseen)
         seen = GraphView(model, graph, {}, modules)
         seen.remarks.update(remarks)
-        targets[seen] = ModuleTreeTarget(seen, evidence, evidence, is_certain=False)
+        calls[seen] = evidence
+    homes: dict[int, list[ModuleTreeTarget]] = {}
+    targets = {
+        view: ModuleTreeTarget(
+            view,
+            how,
+            evidence,
+            is_certain=traced.is_certain and not view.part and how is not evidence,
+            homes=homes,
+            apart=apart,
+        )
+        for view, how in calls.items()
+    }
+    for view, target in targets.items():
+        called = map(id, unseen) if calls[view] is evidence else view.called
+        for key in called:
+            homes.setdefault(key, []).append(target)
 
     def write_out() -> nn.Module:
         replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
@@ -197,7 +216,15 @@ def _for_modules(traced: _Traced, example_inputs: Any) -> _Job:
         return made
 
     stops = tuple(parts.stops.values())
-    return _Job("modules", targets, modules, write_out, stops, traced.assumptions)
+    return _Job(
+        "modules",
+        targets,
+        modules,
+        write_out,
+        stops,
+        traced.assumptions,
+        lambda: {key for target in targets.values() for key in target.conflicts()},
+    )
 
 
 def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) -> list[GraphView]:

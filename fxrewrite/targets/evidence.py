@@ -146,7 +146,7 @@ class Evidence:
         return found[0]
 
     def graph(self, modules: Collection[nn.Module]) -> tuple[fx.Graph, dict[fx.Node, str]]:
-        """A graph of the calls of these modules, as they were in the run.
+        """A graph of the calls of these modules, as they were in the run, and of what they read.
 
         A module is one node, which reads another one if all its calls read what that one gave.
 
@@ -154,6 +154,8 @@ class Evidence:
             The graph, and what its inputs, readers and output are, in words.
         """
         wanted = set(map(id, modules))
+        calls_of = (call for key in wanted for call in self._calls.get(key, ()))
+        wanted |= {call.source.module for call in calls_of if call.source is not None}
         graph, nodes, remarks = fx.Graph(), dict[int, fx.Node](), dict[fx.Node, str]()
         for key, calls in self._calls.items():
             if key not in wanted:

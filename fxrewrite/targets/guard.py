@@ -143,7 +143,11 @@ def guarded(model: nn.Module, pairs: Sequence[Pair]) -> None:
     guard = Guard()
     model.register_forward_pre_hook(guard.enter, prepend=True)
     model.register_forward_hook(guard.leave, always_call=True)
+    known = set()
     for pair in pairs:
         first, second = (model.get_submodule(name) for name in (pair.first, pair.second))
+        if (first, second) in known:  # modules that have several names
+            continue
+        known.add((first, second))
         first.register_forward_hook(_Gives(guard, pair))
         second.register_forward_pre_hook(_Takes(guard, pair), prepend=True, with_kwargs=True)

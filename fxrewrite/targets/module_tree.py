@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -52,13 +52,18 @@ class ModuleTreeTarget(GraphTarget):
         evidence: Evidence | None = None,
         *,
         is_certain: bool,
+        homes: Mapping[int, Sequence[ModuleTreeTarget]],
+        apart: Collection[int] = (),
     ) -> None:
         """Of a view, how values get from call to call, and what a run showed.
 
-        `is_certain` says that the modules can't be called otherwise than in the graph.
+        `is_certain` says that the modules can't be called otherwise than in the graph. `homes` has,
+        by a module's identity, the graphs that call it. Those that are `apart` stay as they are.
         """
         super().__init__(view)
         self._calls, self._evidence, self._is_certain = calls, evidence, is_certain
+        self._homes, self._apart = homes, apart
+        self._changed: set[int] = set()
         self._before = self._called()
         self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
         self._modules = {
@@ -97,12 +102,19 @@ class ModuleTreeTarget(GraphTarget):
                 "its replacement reads further values, which the forward would have to pass to it; "
                 f"{_ELSEWHERE}"
             )
+        homes = set[tuple[ModuleTreeTarget, ...]]()
         for link in changed:
-            if link.module is not None and not view.only_user(link.module) and not _stays(link):
+            if link.module is None or _stays(link):
+                continue
+            found = tuple(self._homes.get(id(self._original(link)), ()))
+            homes.add(found if self in found else (self,))
+            if not view.only_user(link.module) or not self._may_change(link, found):
                 return (
                     f"{name_of(link.node)} is used elsewhere too, and one module can't be both "
                     f"what it was and what it becomes; {_ELSEWHERE}"
                 )
+        if len(homes) > 1:
+            return f"of what it calls, not all is called by the same code; {_ELSEWHERE}"
         for call in () if edit.revises else edit.calls:
             if (reason := written_meanwhile(site, call.node, view)) is not None:
                 return reason
@@ -159,6 +171,7 @@ class ModuleTreeTarget(GraphTarget):
                 return reason
         if not self._is_certain:
             self._guard(path)
+        self._changed |= {id(self._original(link)) for link in changed if not _stays(link)}
         self._gone |= {id(self._original(link)) for link in gone}
         self._gone_nodes |= {link.node.name for link in gone}
         return None
@@ -197,6 +210,22 @@ class ModuleTreeTarget(GraphTarget):
 
     def _shown(self, node: str) -> str:
         return self._modules.get(node, node)
+
+    def _may_change(self, link: Link, homes: Sequence[ModuleTreeTarget]) -> bool:
+        """Whether a module is still as it was, also in the graph in which it was traced."""
+        original = self._original(link)
+        if id(original) in self._apart:
+            return False
+        return self in homes or all(
+            id(original) not in each._changed and each._view.only_user(original) for each in homes
+        )
+
+    def conflicts(self) -> Iterator[int]:
+        """The modules that changed here, and not in another graph that calls them as well."""
+        for key in self._changed:
+            homes = self._homes.get(key, ())
+            if self in homes and any(key not in each._changed for each in homes):
+                yield key
 
     def _is_called(self, link: Link) -> bool:
         """Whether a link is a call of a module of the model."""

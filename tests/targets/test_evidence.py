@@ -7,12 +7,12 @@ from typing import Any
 import checks
 import pytest
 import torch
+from fxrewrite.targets.reading import flows
 from nets import Forward, X, bn, conv
 from torch import nn
 from torch.nn import functional as F
 
 import fxrewrite as fxr
-from fxrewrite.targets.reading import flows
 
 
 def branch(m: Any, x: torch.Tensor) -> torch.Tensor:
