@@ -316,6 +316,17 @@ def test_an_activation_that_alone_reads_a_sibling_stops_writing_in_place(read, c
     assert act.inplace
 
 
+@pytest.mark.parametrize(
+    "act", [nn.CELU(inplace=True), nn.RReLU(inplace=True), nn.Threshold(0.1, 0.0, inplace=True)]
+)
+def test_any_activation_of_torch_stops_writing_in_place(act):
+    """Not only those of which more is known; all have the same flag."""
+    model = attention(returned="F.relu(q), self.act(k), v.sum()", act=act).eval()
+    made, report = rewritten(model)
+    assert report.applied[0].notes == ("act no longer writes in place",)
+    assert layout(made(x)) == layout(model(x))
+
+
 def test_activations_of_an_exported_program_are_calmed_too():
     model = attention(returned="F.relu(q), F.relu(k, inplace=True), v.sum()")
     program = torch.export.export(model, (x,))
