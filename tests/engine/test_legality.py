@@ -143,6 +143,14 @@ def test_a_hook_on_a_parameter(name: str, register: str) -> None:
     assert f"{name} holds weight, a tensor with a hook" in report.why("bn")
 
 
+def test_a_hook_behind_a_step_that_is_no_module() -> None:
+    """A step that calls a function has no state, and the modules after it are looked at still."""
+    model = Forward(lambda m, x: m.conv(x * 2.0), conv=conv()).eval()
+    assert len(fxr.plan(model, "affine", X.float()).applied) == 1
+    model.conv.register_forward_hook(lambda module, args, output: output * 2)
+    assert "conv carries a forward hook" in fxr.plan(model, "affine", X.float()).why("conv")
+
+
 class Negated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -x

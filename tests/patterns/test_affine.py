@@ -207,6 +207,14 @@ def test_other_norms(norm: Any) -> None:
     rewritten(nn.Sequential(conv(), norm()), applied=1)
 
 
+def test_a_norm_of_another_rank_is_named_with_its_layer() -> None:
+    """The reason says which of the two does not normalise what of the other."""
+    for layer, what in ((nn.Conv2d(4, 4, 1), "channels"), (nn.Linear(4, 4), "features")):
+        report = fxr.plan(nn.Sequential(layer, nn.BatchNorm3d(4)).eval(), "affine")
+        kind = type(layer).__name__
+        assert f"a BatchNorm3d does not normalise the {what} of a {kind}" in report.why("1")
+
+
 def test_a_norm_without_statistics_says_so() -> None:
     """One that holds no tensor at all is refused for what it does, not for its type."""
     model = nn.Sequential(conv(), nn.InstanceNorm2d(4)).eval()
@@ -279,6 +287,22 @@ def test_a_constant_behind_a_convolution(forward: Any, shape: tuple[int, ...]) -
     """Sums and products with one number per channel fold, on either side and by any spelling."""
     gamma = nn.Parameter(torch.randn(shape) + 3)
     rewritten(Forward(forward, conv=conv(), gamma=gamma), applied=1)
+
+
+PERMUTED: dict[str, Any] = {
+    "dims": lambda m, x: m.conv(x).permute(0, 2, 3, 1) * m.gamma,
+    "a tuple": lambda m, x: torch.permute(m.conv(x), (0, 2, 3, 1)) * m.gamma,
+    "from the end": lambda m, x: m.conv(x).permute(0, -2, -1, -3) * m.gamma,
+}
+
+
+@pytest.mark.parametrize("forward", PERMUTED.values(), ids=PERMUTED)
+def test_a_constant_behind_a_permutation(forward: Any) -> None:
+    """It folds if it holds one number for each channel, wherever the channels are then."""
+    rewritten(Forward(forward, conv=conv(), gamma=nn.Parameter(torch.randn(4) + 3)), applied=1)
+    along_width = nn.Parameter(torch.randn(5, 1) + 3)
+    _, report = rewritten(Forward(forward, conv=conv(), gamma=along_width), applied=0)
+    assert "does not hold one number for each of the 4 channels" in str(report)
 
 
 @pytest.mark.parametrize(

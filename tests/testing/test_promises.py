@@ -123,6 +123,19 @@ def test_a_rule_that_breaks_none_passes() -> None:
     assert len(report.applied) == 2
 
 
+class SlightlyOff(nn.ReLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + 1e-7)
+
+
+def test_an_error_as_small_as_rounding_in_float32_is_caught_in_float64() -> None:
+    """What rounding does to the model in float32 allows no such error in float64."""
+    slight = rule(lambda m: fxr.Replace(SlightlyOff(), slot="act"))
+    with pytest.raises(UnsoundError) as caught:
+        check_model(slight, Model().eval().double(), (nets.random_input((2, 3)),))
+    assert caught.value.broken == SAME
+
+
 @pytest.mark.parametrize(
     ("of", "found"), [(lambda m, x: m.act(x) + 1.0, "argument[0]"), (None, "state['held']")]
 )
