@@ -7,7 +7,6 @@ from typing import Any
 import checks
 import pytest
 import torch
-from fxrewrite.targets.reading import flows
 from nets import Forward, X, bn, conv
 from torch import nn
 from torch.nn import functional as F
@@ -35,11 +34,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("forward", "said"), CASES.values(), ids=list(CASES))
-def test_a_run_refuses_what_reading_did_not_see(
-    forward: Any, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of code that the reader would overlook, the run shows that a module is called otherwise."""
-    monkeypatch.setattr(flows.Flows, "refusal", lambda *args, **options: None)
+def test_a_run_refuses_what_it_does_otherwise(forward: Any, said: str) -> None:
+    """Without a run it is for the guard to see that a module is called otherwise."""
     part = Forward(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
 
     def outer(m: Any, x: torch.Tensor) -> Any:
@@ -50,7 +46,9 @@ def test_a_run_refuses_what_reading_did_not_see(
     made, report = fxr.rewrite(model, "conv_bn", X)
     assert said in report.refused[0].reason
     assert checks.largest_error(expected, checks.outputs(made, X)) <= 1e-9
-    assert fxr.plan(model, "conv_bn").applied
+    made, _ = fxr.rewrite(model, "conv_bn", expect={"conv_bn": 1})
+    with pytest.raises(fxr.errors.GuardError, match="part.conv and part.bn were rewritten as one"):
+        made(X)
 
 
 @pytest.mark.parametrize("drop", [False, True])
