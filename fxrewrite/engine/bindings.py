@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -15,8 +15,13 @@ from ..rules.spec import Pattern
 from ..rules.values import Siblings, Value
 from .match import Link, Site
 
-# The shape and type of a tensor that a run showed.
-Shown = tuple[torch.Size, torch.dtype]
+
+class Shown(NamedTuple):
+    """What a run showed of a tensor; its shape is None where other sizes are possible."""
+
+    rank: int
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None = None
 
 
 def capture(site: Site, view: GraphView) -> Any:
@@ -30,8 +35,7 @@ def capture_elsewhere(site: Site, view: GraphView, shown: Shown | None) -> Any:
     def value(node: fx.Node) -> Value:
         if shown is None or node is not site.input:
             return Value(node.name, node=node)
-        shape, dtype = shown
-        return Value(node.name, tuple(shape), dtype, len(shape), node)
+        return Value(node.name, shown.shape, shown.dtype, shown.rank, node)
 
     return _instance(site.pattern, site.links, site.input, view, value)
 

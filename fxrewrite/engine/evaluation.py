@@ -98,9 +98,10 @@ def _asked(rule: Rule[Any], site: Site, match: Any) -> Action | Declined:
 def _undecided(shown: Shown | None, other: Action | Declined) -> str:
     """Why a rule can't have its way where it would not have it at another call."""
     said = other if isinstance(other, Declined) else "the rule asks for something else there"
-    if shown is None:
-        return f"it may also be called on nobody knows what: {said}"
-    return f"it is also called on a tensor of shape {tuple(shown[0])}: {said}"
+    if shown is None or shown.shape is None:
+        what = "nobody knows what" if shown is None else f"a tensor of {shown.rank} dimensions"
+        return f"it may also be called on {what}: {said}"
+    return f"it is also called on a tensor of shape {shown.shape}: {said}"
 
 
 def _given(match: Any) -> Iterator[Any]:

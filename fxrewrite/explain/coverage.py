@@ -142,7 +142,7 @@ def _reason(
         if above in stops:
             return (
                 f"no call of it could be traced: tracing stopped in {stops[above].where}, "
-                f"because {stops[above]}"
+                f"because {stops[above]}; a run on example_inputs would show what is called there"
             )
     return "no call of it is in the traced graph"
 

@@ -113,11 +113,6 @@ class Overlay:
         """The identities of all modules of the model."""
         return frozenset(map(id, self.modules.values()))
 
-    @property
-    def called(self) -> frozenset[int]:
-        """The identities of the modules that the graph uses."""
-        return frozenset(self._users)
-
     def only_user(self, module: nn.Module) -> bool:
         """Whether a single call is all that uses a module, under whatever name.
 

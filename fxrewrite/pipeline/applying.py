@@ -80,20 +80,35 @@ def apply(
     liftings = {view: Lifting(view, rules) for view in targets}
     coverage = Coverage(modules, liftings, stops, rules)
     sites: list[tuple[Rule[Any], Finding]] = []
-    findings: list[Finding] = []
+    graphs: list[Sequence[Finding]] = []
     near: dict[str, tuple[NearMiss, ...]] = {}
     lowered: dict[str, str] = {}
     for view, target in targets.items():
         driver = Driver(view, rules, target, None if limit is None else limit - len(sites))
         found = (*driver.run(), *not_lifted(liftings[view], rules))
         sites += driver.applied
-        findings += [each.renamed(view.shown) for each in found] if view.part else found
+        graphs.append([each.renamed(view.shown) for each in found] if view.part else found)
         for name, said in near_misses(view, rules, driver.told).items():
             near[view.shown(name)] = (*near.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
-    findings += coverage.findings()
+    findings = [*_told_once(graphs), *coverage.findings()]
     became = _became(findings, coverage, lowered)
     return Applied(rule_sets, tuple(sites), tuple(findings), near, coverage, nodes, became)
+
+
+def _told_once(graphs: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Of a call that two graphs have, what is told of it by the one that rewrote it, or the first.
+
+    What was traced, and is next to code that was not, is in both.
+    """
+    applied = [{each.anchor for each in found if each.outcome == "applied"} for found in graphs]
+    told: set[str] = set()
+    kept: list[Finding] = []
+    for i, found in enumerate(graphs):
+        others = told.union(*applied[:i], *applied[i + 1 :])
+        kept += [f for f in found if f.outcome == "applied" or f.anchor not in others]
+        told |= {each.anchor for each in found}
+    return kept
 
 
 def _became(

@@ -134,7 +134,7 @@ class _Job:
     write_out: Callable[[], Any]
     stops: Sequence[Stop] = ()
     assumptions: tuple[Assumption, ...] = ()
-    conflicts: Callable[[], Collection[int]] = set
+    conflicts: Callable[[], set[int]] = set
 
 
 def _trace(model: nn.Module, options: Options) -> _Traced:
@@ -205,14 +205,16 @@ def _for_modules(traced: _Traced, example_inputs: Any, apart: Collection[int]) -
         for view, how in calls.items()
     }
     for view, target in targets.items():
-        called = map(id, unseen) if calls[view] is evidence else view.called
-        for key in called:
-            homes.setdefault(key, []).append(target)
+        called = unseen if calls[view] is evidence else target.called
+        for module in dict.fromkeys(called):
+            homes.setdefault(id(module), []).append(target)
 
     def write_out() -> nn.Module:
         replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
         made = copied(model, replaced)
-        guarded(made, [pair for tree in targets.values() for pair in tree.pairs.values()])
+        pairs = [pair for tree in targets.values() for pair in tree.pairs.values()]
+        expected = {k: kinds for tree in targets.values() for k, kinds in tree.expected.items()}
+        guarded(made, pairs, expected)
         return made
 
     stops = tuple(parts.stops.values())

@@ -203,7 +203,7 @@ class Evidence:
             now = stack()
             self._hold(now)
             tensors = [e for e in (*args, *kwargs.values()) if isinstance(e, torch.Tensor)]
-            given = (tensors[0].shape, tensors[0].dtype) if len(tensors) == 1 else None
+            given = _shown(tensors[0]) if len(tensors) == 1 else None
             source = self._maker(tensors[0]) if given is not None else None
             how = None
             if source is not None:
@@ -268,6 +268,10 @@ class _Readers(TorchFunctionMode):
         if not is_question:
             self._on_read(name, pytree.tree_leaves((args, kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+
+def _shown(tensor: torch.Tensor) -> Shown:
+    return Shown(tensor.dim(), tensor.dtype, tuple(tensor.shape))
 
 
 def _reader(name: str) -> Callable[..., None]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
+from ..engine.bindings import Shown
 from ..errors import GuardError
+from ..module_utils.torch_private import drop_hooks, version_of
+from .module_copy import copied
 
 
 @attrs.frozen(eq=False)
@@ -100,7 +103,7 @@ class Guard:
                     "torch counts no writes in inference mode, so that it is not seen whether what "
                     f"{pair.first} gave is changed in place; use torch.no_grad() instead"
                 )
-            self._local.versions[pair] = output._version
+            self._local.versions[pair] = version_of(output)
 
     def taken(self, pair: Pair, value: Any) -> None:
         """The second module of a pair is called on this."""
@@ -108,7 +111,7 @@ class Guard:
         if before is None or (pair.is_direct and before() is not value):
             self.pending.clear()
             raise pair.error(f"{pair.second} was called on something else than {pair.first} gave")
-        if pair.counts_writes and self._local.versions.pop(pair) != value._version:
+        if pair.counts_writes and self._local.versions.pop(pair) != version_of(value):
             raise pair.error(f"what {pair.first} gave was changed in place before {pair.second}")
 
 
@@ -136,8 +139,39 @@ class _Takes:
             self.guard.taken(self.pair, args[0] if args else next(iter(kwargs.values()), None))
 
 
-def guarded(model: nn.Module, pairs: Sequence[Pair]) -> None:
-    """Guard pairs of modules of a model, which is changed."""
+@attrs.frozen(eq=False)
+class _Expects:
+    """A hook before a module that was rewritten for what a run showed it to be called on."""
+
+    name: str
+    kinds: frozenset[Shown]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        value: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if Shown(value.dim(), value.dtype) not in self.kinds:
+            known = " or ".join(sorted(f"{each.rank} of {each.dtype}" for each in self.kinds))
+            raise GuardError(
+                f"{self.name} was called on a tensor of {value.dim()} dimensions and "
+                f"{value.dtype}, and was rewritten for {known}, which it was called on in the run "
+                "on example_inputs. Give rewrite() example_inputs that go this way."
+            )
+
+
+def guarded(
+    model: nn.Module, pairs: Sequence[Pair], expected: Mapping[str, frozenset[Shown]]
+) -> None:
+    """Let a model notice calls that were not seen; it is changed.
+
+    Args:
+        model: the model.
+        pairs: modules of which the second one is only called on what the first one gave.
+        expected: by name, what a module may be called on.
+    """
+    for name, kinds in expected.items():
+        hook = _Expects(name, kinds)
+        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     if not pairs:
         return
     guard = Guard()
@@ -151,3 +185,26 @@ def guarded(model: nn.Module, pairs: Sequence[Pair]) -> None:
         known.add((first, second))
         first.register_forward_hook(_Gives(guard, pair))
         second.register_forward_pre_hook(_Takes(guard, pair), prepend=True, with_kwargs=True)
+
+
+def unguarded(model: nn.Module) -> nn.Module:
+    """A copy of a rewritten model whose modules no longer notice calls that were not seen.
+
+    The guard takes about a microsecond a call, and `torch.jit.script` can't compile it.
+
+    >>> layer = unguarded(nn.Linear(2, 3))
+    >>> layer.weight.shape
+    torch.Size([3, 2])
+
+    Args:
+        model: what `rewrite` gave. It is left as it is; the copy shares its tensors.
+    """
+    made = copied(model, {})
+    for module in made.modules():
+        drop_hooks(module, _is_ours)
+    return made
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, Guard) or isinstance(hook, _Gives | _Takes | _Expects)

@@ -178,9 +178,13 @@ class _Walk:
         self, targets: Sequence[ast.expr], value: ast.expr | None, states: _States
     ) -> _States:
         parts = targets[0] if len(targets) == 1 else None
-        if isinstance(parts, ast.Tuple) and isinstance(value, ast.Tuple):
-            if len(parts.elts) == len(value.elts) and not _starred(*parts.elts, *value.elts):
-                return self._assign_parts(parts.elts, value.elts, states)
+        if (
+            isinstance(parts, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(parts.elts) == len(value.elts)
+            and not _starred(*parts.elts, *value.elts)
+        ):
+            return self._assign_parts(parts.elts, value.elts, states)
         values = self._values(value, states) if value is not None else {(s, False) for s in states}
         for target in targets:
             again = {(s, h) for s, h in values}

@@ -53,7 +53,8 @@ def read_flaw(passage: Passage, module: nn.Module, new: nn.Module) -> str | None
 
 def read_above(owner: nn.Module, module: nn.Module, new: nn.Module) -> str | None:
     """As `read_flaw`, of the forward of a module that contains this one, by paths from `self`."""
-    for code in _forward_codes(type(owner)):
+    kind: Any = type(owner)  # mypy takes the hash of a class for that of its instances
+    for code in _forward_codes(kind):
         reason = _flaw(Passage(code, "self", None, owner), module, new, of_any=False)
         if reason is not None:
             return reason
@@ -98,10 +99,10 @@ def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:
         return read.path is None and read.name in tensors and not read.is_metadata
     if read.is_argument or read.is_set:
         return True
-    was, now = getattr(module, read.name, None), getattr(new, read.name, None)
-    if type(was) is not type(now):
+    before, after = getattr(module, read.name, None), getattr(new, read.name, None)
+    if type(before) is not type(after):
         return True
-    return not (read.is_metadata if isinstance(was, torch.Tensor) else bool(was == now))
+    return not (read.is_metadata if isinstance(before, torch.Tensor) else bool(before == after))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -119,7 +120,7 @@ def _all_reads(scope: Scope) -> Iterator[_Read]:
         elif isinstance(node, ast.Call) and _name(node.func) not in _CONTAINERS:
             name = _name(node.func)
             given = [*node.args, *(each.value for each in node.keywords)]
-            types = frozenset()
+            types = frozenset[str]()
             if name in ("isinstance", "issubclass", "type"):
                 given, asked = given[:1], given[1:]
                 types = frozenset(_name(e) for each in asked for e in ast.walk(each)) - {""}

@@ -74,7 +74,9 @@ class ModuleTreeTarget(GraphTarget):
         self._gone: set[int] = set()
         self._gone_nodes: set[str] = set()
         self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
+        self._kinds: dict[str, frozenset[Shown]] = {}
         self.pairs: dict[tuple[str, str], Pair] = {}
+        self.expected: dict[str, frozenset[Shown]] = {}
 
     @override
     def refusal(self, site: Site, edit: Edit) -> str | None:
@@ -126,13 +128,15 @@ class ModuleTreeTarget(GraphTarget):
         called = [link for link in site.links if self._is_called(link)]
         if not called or self._is_certain:
             return ()
-        module, shown = self._original(called[0]), []
-        if self._evidence is not None and called[0] is site.links[0]:
-            shown = self._evidence.shown(module, self._gone | self._idle)
-        shown.append(None)
-        traced = value_of(site.input)
-        here = None if traced.rank is None else (traced.shape, traced.dtype)
-        return [each for each in dict.fromkeys(shown) if each != here]
+        if self._evidence is None or called[0] is not site.links[0]:
+            return [None] if value_of(site.input).rank is not None else ()
+        shown = self._evidence.shown(self._original(called[0]), self._gone | self._idle)
+        if None in shown or not shown:
+            return [None]
+        # Of calls that were not seen, the guard sees to it that they are of such a rank and type.
+        kinds = dict.fromkeys(Shown(each.rank, each.dtype) for each in shown if each is not None)
+        self._kinds[called[0].node.name] = frozenset(kinds)
+        return [*dict.fromkeys(shown), *kinds]
 
     @override
     def notes(self, site: Site, edit: Edit) -> Sequence[str]:
@@ -171,6 +175,8 @@ class ModuleTreeTarget(GraphTarget):
                 return reason
         if not self._is_certain:
             self._guard(path)
+        if path[0] in self._kinds:
+            self.expected[self._modules[path[0]]] = self._kinds[path[0]]
         self._changed |= {id(self._original(link)) for link in changed if not _stays(link)}
         self._gone |= {id(self._original(link)) for link in gone}
         self._gone_nodes |= {link.node.name for link in gone}
@@ -240,6 +246,11 @@ class ModuleTreeTarget(GraphTarget):
 
     def _original(self, link: Link) -> nn.Module:
         return self._view.modules[name_of(link.node)]
+
+    @property
+    def called(self) -> list[nn.Module]:
+        """The modules that the graph calls."""
+        return [self._view.modules[name] for name in self._modules.values()]
 
     def replaced(self) -> dict[int, nn.Module]:
         """What stands in the place of each of the model's modules that changed, by identity."""

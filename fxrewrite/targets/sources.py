@@ -105,6 +105,7 @@ def _is_code_of(scope: Scope, code: CodeType) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def source_of(name: str) -> Source | None:
+    """The syntax tree of a file, or of code that is known under such a name."""
     try:
         return Source(name, ast.parse("".join(linecache.getlines(name)) or "?"))
     except SyntaxError:

@@ -268,17 +268,17 @@ def model_of_parts() -> nn.Module:
 def test_in_a_model_of_parts_a_batch_norm_is_told_of_at_each_call() -> None:
     """By its own name, or by that of the function's call."""
     report = properties.check_model("conv_bn", model_of_parts(), (nets.X,))
-    anchors = ["inner.bn", "inner.bn", "inner.batch_norm"]
+    anchors = ["inner.bn", "inner.bn", "batch_norm"]
     assert [each.anchor for each in report.findings] == anchors
 
 
 @pytest.mark.parametrize(
     ("kept", "caught"),
     [
-        ([0, 1], "nothing is said of inner.batch_norm"),
+        ([0, 1], "nothing is said of batch_norm"),
         ([2], "nothing is said of inner.bn by fold_conv_bn"),
         ([0, 0, 1, 2], "inner.bn is declined 3 times"),
-        ([0, 1, 2, 2], "inner.batch_norm is declined 2 times"),
+        ([0, 1, 2, 2], "batch_norm is declined 2 times"),
     ],
 )
 def test_what_a_report_of_parts_loses_or_tells_twice_is_caught(

@@ -1,0 +1,171 @@
+"""What a guard notices, and that it is in nobody's way."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from nets import X, bn, conv, randomise
+from torch import nn
+
+import fxrewrite as fxr
+from fxrewrite.errors import GuardError
+
+
+class Block(nn.Module):
+    """A convolution and a norm, of which either may be called alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.way = conv(), bn(), "both"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "raise":
+            self.conv(x)
+            raise ZeroDivisionError
+        y = self.conv(x)
+        if x.sum() < -1e9 or self.way == "conv":
+            return y
+        return self.bn(x if self.way == "norm" else y)
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return randomise(nn.Sequential(Block(), nn.ReLU(), Block())).double().eval()
+
+
+@pytest.fixture
+def made(model: nn.Module) -> Any:
+    made, report = fxr.rewrite(model, "conv_bn", X, expect={"conv_bn": 2})
+    assert all("guarded" in each.notes for each in report.applied)
+    with torch.no_grad():
+        torch.testing.assert_close(made(X), model(X), rtol=1e-9, atol=1e-9)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    {
+        "conv": "what 2.conv gave was not given to 2.bn",
+        "norm": "2.bn was called on something else than 2.conv gave",
+    }.items(),
+)
+def test_it_names_both_modules_and_where_they_are_called(made: Any, way: str, said: str) -> None:
+    made[2].way = way
+    with pytest.raises(GuardError) as error:
+        made(X)
+    assert str(error.value).startswith(said)
+    assert f"2.conv is called at {__file__}:" in str(error.value)
+    assert ": y = self.conv(x)" in str(error.value)
+    made[2].way = "both"
+    made(X)
+
+
+def test_a_call_outside_of_the_model_is_noticed_at_the_next_one(made: Any) -> None:
+    """While somebody still has what the first module gave."""
+    kept = made[0].conv(X)
+    with pytest.raises(GuardError, match=r"0.conv was called twice, and 0.bn not in between"):
+        made[0](X)
+    del kept
+    with pytest.raises(GuardError, match=r"0.bn was called on something else"):
+        made[0].bn(X)
+    made[0](X)
+
+
+def test_a_forward_that_raises_leaves_nothing_pending(made: Any) -> None:
+    made[2].way = "raise"
+    with pytest.raises(ZeroDivisionError):
+        made(X)
+    made[2].way = "both"
+    made(X)
+
+
+def test_each_thread_has_its_own(made: Any) -> None:
+    expected, found = made(X), []
+
+    def run() -> None:
+        found.extend(torch.equal(made(X), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [True] * 80
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: copy.deepcopy(m).to(torch.float32).to(torch.float64),
+    ],
+    ids=["deepcopy", "pickle", "to"],
+)
+def test_a_copy_is_guarded_by_itself(made: Any, model: Any, kind: Any) -> None:
+    """And its state dict has nothing of it."""
+    other = kind(made)
+    other(X)
+    other[0].way = "conv"
+    with pytest.raises(GuardError):
+        other(X)
+    made(X)
+    expected = {k for k in model.state_dict() if ".bn." not in k}
+    assert other.state_dict().keys() == expected
+
+
+def test_it_is_not_in_what_is_exported_or_compiled(made: Any) -> None:
+    with torch.no_grad():
+        graphs = [
+            torch.compile(made[0].conv, backend="eager", fullgraph=True),
+            torch.export.export(made[0].conv, (X,)).module(),
+        ]
+        expected = fxr.unguarded(made)[0].conv(X)
+        for each in graphs:
+            torch.testing.assert_close(each(X), expected)
+
+
+def test_without_guard_the_modules_are_plain(made: Any) -> None:
+    """What was guarded stays so."""
+    plain = fxr.unguarded(made)
+    assert torch.equal(plain(X), made(X))
+    plain[0].way = made[0].way = "conv"
+    plain(X)
+    with pytest.raises(GuardError):
+        made(X)
+    assert plain[0].conv.weight is made[0].conv.weight
+    torch.jit.script(plain[0].conv)
+
+
+def test_a_change_in_place_is_seen_where_the_code_may_make_one() -> None:
+    """Torch counts writes; in inference mode it does not, so that the guard can't tell."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        if x.sum() < -1e9:
+            y = m.act(y)
+        return m.bn(y)  # type: ignore[no-any-return]
+
+    from nets import Forward
+
+    model = Forward(forward, conv=conv(), bn=bn(), act=nn.ReLU(inplace=True)).double()
+    made, _ = fxr.rewrite(model, "conv_bn", X, expect={"conv_bn": 1})
+    with torch.no_grad():
+        made(X)
+        with pytest.raises(GuardError, match="what conv gave was changed in place before bn"):
+            made(X - 1e9)
+    with torch.inference_mode(), pytest.raises(GuardError, match="counts no writes in inference"):
+        made(X.clone())
+
+
+def test_what_was_traced_as_a_whole_and_asks_nothing_has_no_guard() -> None:
+    model = randomise(nn.Sequential(conv(), bn(), nn.ReLU()))
+    made, report = fxr.rewrite(model, "conv_bn", into="modules", expect={"conv_bn": 1})
+    assert not any("guarded" in each.notes for each in report.applied)
+    assert not any(each._forward_hooks for each in made.modules())
