@@ -354,3 +354,19 @@ def test_a_write_of_what_is_there_already_is_a_write() -> None:
     model(nets.X)
     with pytest.raises(fxr.errors.TraceError, match=r"changes bn\.running_mean"):
         fxr.fuse(model, into="graph")
+
+
+def test_an_error_of_the_trace_that_a_forward_catches_stops_it() -> None:
+    """What the forward does then is not what it does in a real run."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        try:
+            if x.sum() > 0:
+                return m.conv(x)
+        except ValueError:  # of which FX's own error is one
+            return x * 2
+        return m.bn(m.conv(x))
+
+    model = nets.Forward(forward, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    with pytest.raises(fxr.errors.TraceError, match="branches on a value"):
+        fxr.rewrite(model, "conv_bn", into="graph")
