@@ -14,7 +14,7 @@ import contextlib
 import functools
 import importlib
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -165,15 +165,6 @@ def global_hook_refusal() -> str | None:
     if any_hook():
         return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return None
-
-
-def drop_hooks(module: nn.Module, is_wanted: Callable[[Any], bool]) -> None:
-    """Take some of a module's hooks off, which nobody has a handle of any more."""
-    for hooks in [module.__dict__.get(name) or {} for name in HOOKS]:
-        for key in [key for key, hook in hooks.items() if is_wanted(hook)]:
-            for name in HOOK_STATE:
-                if isinstance(held := module.__dict__.get(name), dict):
-                    held.pop(key, None)
 
 
 def has_tensor_hook(tensor: torch.Tensor) -> bool:

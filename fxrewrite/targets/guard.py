@@ -14,7 +14,7 @@ from torch import nn
 
 from ..engine.bindings import Shown
 from ..errors import GuardError
-from ..module_utils.torch_private import drop_hooks, version_of
+from ..module_utils.torch_private import HOOK_STATE, HOOKS, version_of
 from .module_copy import copied
 
 
@@ -201,7 +201,12 @@ def unguarded(model: nn.Module) -> nn.Module:
     """
     made = copied(model, {})
     for module in made.modules():
-        drop_hooks(module, _is_ours)
+        state = module.__dict__
+        for hooks in [state.get(name) or {} for name in HOOKS]:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                for held in map(state.get, HOOK_STATE):
+                    if isinstance(held, dict):
+                        held.pop(key, None)
     return made
 
 
