@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import weakref
@@ -21,6 +22,10 @@ from ..module_utils.running import run
 from ..module_utils.torch_private import pytree
 from ..tracing.passages import Passage, Stack, passages, stack
 from .module_copy import copied
+
+
+# Clearing what is only suspended would end it.
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @attrs.define(eq=False)
@@ -235,8 +240,9 @@ class Evidence:
         """Hold the frames that are under way, and let go what finished ones hold."""
         live = {id(each.frame): each.frame for each in now}
         for key, frame in self._frames.items():
-            if key not in live and not frame.f_code.co_flags & inspect.CO_GENERATOR:
-                frame.clear()
+            if key not in live and not frame.f_code.co_flags & _SUSPENDED:
+                with contextlib.suppress(RuntimeError):  # it runs in another thread
+                    frame.clear()
         self._frames = live
 
     def _of_the_model(self, passage: Passage) -> Passage:

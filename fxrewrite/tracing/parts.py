@@ -28,11 +28,11 @@ class Part:
     constants: dict[str, Any]
     undecided: frozenset[str]
     trace_again: Callable[[], Traced] = attrs.field(repr=False)
-    _paths: dict[str, list[str]] = attrs.field(init=False)
+    _nodes: list[fx.Node] = attrs.field(init=False, repr=False)
 
-    @_paths.default
-    def _(self) -> dict[str, list[str]]:
-        return {node.name: _module_path(node) for node in self.graph.nodes}
+    @_nodes.default
+    def _(self) -> list[fx.Node]:
+        return list(self.graph.nodes)  # of which a rewrite erases some
 
     def is_decided(self, first: str, second: str) -> bool:
         """Whether the forwards in which these two calls stand go one way alone."""
@@ -46,6 +46,10 @@ class Part:
     def passages(self, first: str, second: str) -> list[tuple[Passage, ...] | None]:
         """How the value of a node got to another one that reads it; None where that is unknown."""
         return [(self._recorded or {}).get((first, second))]
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, list[str]]:
+        return {node.name: _module_path(node) for node in self._nodes}
 
     @functools.cached_property
     def _recorded(self) -> Passages | None:
