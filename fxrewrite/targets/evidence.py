@@ -23,7 +23,6 @@ from ..module_utils.torch_private import pytree
 from ..tracing.passages import Passage, Stack, passages, stack
 from .module_copy import copied
 
-
 # Clearing what is only suspended would end it.
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
