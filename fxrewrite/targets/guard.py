@@ -136,7 +136,7 @@ class _Takes:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.guard.taken(self.pair, args[0] if args else next(iter(kwargs.values()), None))
+            self.guard.taken(self.pair, _first(args, kwargs))
 
 
 @attrs.frozen(eq=False)
@@ -149,7 +149,7 @@ class _Expects:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        value: Any = args[0] if args else next(iter(kwargs.values()), None)
+        value = _first(args, kwargs)
         if Shown(value.dim(), value.dtype) not in self.kinds:
             known = " or ".join(sorted(f"{each.rank} of {each.dtype}" for each in self.kinds))
             raise GuardError(
@@ -157,6 +157,10 @@ class _Expects:
                 f"{value.dtype}, and was rewritten for {known}, which it was called on in the run "
                 "on example_inputs. Give rewrite() example_inputs that go this way."
             )
+
+
+def _first(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def guarded(

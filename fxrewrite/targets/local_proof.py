@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..ir.op_traits import traits_of_method
 from ..tracing.passages import Passage
-from .sources import COMPREHENSIONS, Scope, Source, asks_metadata, found
+from .sources import COMPREHENSIONS, Scope, Source, asks_metadata, found, last_name
 
 _MOST_STATES = 500
 # What asks nothing of a tensor but what it is, and what may get at any variable.
@@ -322,7 +322,7 @@ class _Walk:
         is_method = isinstance(function, ast.Attribute)
         operands = [*node.args, *(each.value for each in node.keywords)]
         called = function.value if isinstance(function, ast.Attribute) else function
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        name = last_name(function)
         if name in _OF_ALL_VARIABLES and state.names:
             state = self._used(node, state)
         values = self._value(called, state)
@@ -408,16 +408,13 @@ class _Walk:
 
 
 def _is_question(node: ast.Call) -> bool:
-    function = node.func
-    if isinstance(function, ast.Attribute):
-        return function.attr in _QUESTIONS or asks_metadata(function.attr)
-    return getattr(function, "id", "") in _QUESTIONS
+    name = last_name(node.func)
+    return name in _QUESTIONS or (isinstance(node.func, ast.Attribute) and asks_metadata(name))
 
 
 def _in_place(node: ast.Call) -> bool:
     """Whether a call says that it changes what it reads."""
-    function = node.func
-    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    name = last_name(node.func)
     is_named = name.endswith("_") and not name.endswith("__")
     return is_named or any(each.arg == "inplace" for each in node.keywords)
 
@@ -429,15 +426,11 @@ def _starred(*nodes: ast.expr) -> bool:
 def _names_of_inner_scopes(scope: Scope) -> frozenset[str]:
     """The variables that functions inside may read, and those that are not the scope's own."""
     names: set[str] = set()
-    for inner in _inside(scope):
+    for inner in ast.walk(scope):
+        if inner is scope:
+            continue
         if isinstance(inner, ast.Global | ast.Nonlocal):
             names.update(inner.names)
         elif isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
             names.update(each.id for each in ast.walk(inner) if isinstance(each, ast.Name))
     return frozenset(names)
-
-
-def _inside(scope: Scope) -> Iterator[ast.AST]:
-    for child in ast.walk(scope):
-        if child is not scope:
-            yield child

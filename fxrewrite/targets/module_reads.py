@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..tracing.passages import Passage, is_passed_over
-from .sources import Scope, asks_metadata, found
+from .sources import Scope, asks_metadata, found, last_name
 
 # Of what these are given, they only look for what stands at which place.
 _CONTAINERS = frozenset({"enumerate", "iter", "len", "list", "next", "reversed", "tuple", "zip"})
@@ -117,13 +117,13 @@ def _all_reads(scope: Scope) -> Iterator[_Read]:
             is_set = not isinstance(node.ctx, ast.Load)
             is_metadata = _is_metadata(node, above)
             yield _Read(_path(node.value), node.attr, node, is_set, is_metadata)
-        elif isinstance(node, ast.Call) and _name(node.func) not in _CONTAINERS:
-            name = _name(node.func)
+        elif isinstance(node, ast.Call) and last_name(node.func) not in _CONTAINERS:
+            name = last_name(node.func)
             given = [*node.args, *(each.value for each in node.keywords)]
             types = frozenset[str]()
             if name in ("isinstance", "issubclass", "type"):
                 given, asked = given[:1], given[1:]
-                types = frozenset(_name(e) for each in asked for e in ast.walk(each)) - {""}
+                types = frozenset(last_name(e) for each in asked for e in ast.walk(each)) - {""}
             for each in given:
                 path = _path(each.value if isinstance(each, ast.Starred) else each)
                 if path or types:
@@ -135,7 +135,7 @@ def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
     parent: ast.AST | None = above.get(node)
     if node.attr in _OF_TENSORS and isinstance(parent, ast.Call):
         outer = above.get(parent)
-        if not isinstance(outer, ast.Call) or _name(outer.func) != "next":
+        if not isinstance(outer, ast.Call) or last_name(outer.func) != "next":
             return False
         parent = above.get(outer)
     return isinstance(parent, ast.Attribute) and asks_metadata(parent.attr)
@@ -154,7 +154,3 @@ def _at(owner: Any, path: Sequence[str]) -> Any:
     for name in path:
         owner = getattr(owner, name, None)
     return owner
-
-
-def _name(node: ast.AST) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -27,6 +27,11 @@ def asks_metadata(name: str) -> bool:
     return known or name in _METADATA or traits_of_method(name).asks == "metadata"
 
 
+def last_name(node: ast.AST) -> str:
+    """What a variable or an attribute is called; empty for any other expression."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
 def line_of(way: Passage, *, giving: bool = False) -> str:
     """The line at which a function calls what gives, or takes, a value."""
     source, begin, end, _ = found(way)
