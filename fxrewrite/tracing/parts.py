@@ -174,7 +174,7 @@ class Parts:
 
 
 def _part(name: str, traced: Traced, again: Callable[[], Traced]) -> Part | None:
-    graph = traced.graph if traced.graph is not None else traced.fragment
+    graph = traced.seen
     if graph is None or (traced.graph is None and not graph.find_nodes(op="call_module")):
         return None
     if traced.graph is None:  # what nobody has read is read by code that was not traced

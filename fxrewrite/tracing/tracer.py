@@ -49,6 +49,11 @@ class Traced:
     passages: Passages | None = None
 
     @property
+    def seen(self) -> fx.Graph | None:
+        """The graph, or what there is of one."""
+        return self.fragment if self.graph is None else self.graph
+
+    @property
     def is_whole(self) -> bool:
         """Whether all of the model was traced."""
         return self.graph is not None and not self.stops
@@ -70,10 +75,10 @@ class Traced:
     def unchecked(self) -> Traced:
         """The same without the steps that check what the graph takes for granted."""
         checks = {each.check for each in self.assumptions if each.check is not None}
-        graph = self.graph if self.graph is not None else self.fragment
-        for node in graph.find_nodes(op="call_module") if graph is not None else ():
-            if node.target in checks and graph is not None:
-                graph.erase_node(node)
+        if self.seen is not None:
+            for node in self.seen.find_nodes(op="call_module"):
+                if node.target in checks:
+                    self.seen.erase_node(node)
         kept = {name: each for name, each in self.constants.items() if name not in checks}
         return attrs.evolve(self, constants=kept)
 
