@@ -15,7 +15,7 @@ from .checkpoint.load import load
 from .errors import InputError
 from .explain.report import Report
 from .pipeline import rewriting
-from .pipeline.rewriting import Into, Options
+from .pipeline.rewriting import Into, Options, Trust
 from .rules.registry import Rules
 from .verification.bisect import Localisation, check_rewrite, localised
 from .verification.verify import Progress
@@ -45,10 +45,13 @@ class Rewriter(Options):
         tracer: a tracer, or its class, to use instead of `torch.fx.Tracer`.
         leaf_modules: modules that tracing must keep whole, by type or qualified name. The types
             that the rules name are kept whole anyway.
+        trust: "run" also rewrites, in a module tree, what one run on the example inputs shows and
+            the model's source does not. The report calls such a site "trusted".
 
     Raises:
         UnknownRuleSetError: no rule set has the given name.
         TypeError: `leaf_modules` has something that is no module type and no name.
+        ValueError: `into` or `trust` is none of those.
     """
 
     def rewrite(
@@ -192,6 +195,7 @@ def rewrite(
     example_inputs: Any = None,
     *,
     into: Into | None = None,
+    trust: Trust | None = None,
     expect: Mapping[str, int] | None = None,
     verify: Any = None,
     trials: int = 1,
@@ -215,6 +219,7 @@ def rewrite(
             tree a copy of the model runs on them once, hooks and all, as a check on what its code
             says; of parts that are called with other shapes each time, none is learnt.
         into: "graph" or "modules", as in `Rewriter`.
+        trust: None or "run", as in `Rewriter`.
         expect: how often rules or rule sets, by name, must apply.
         verify: inputs, in one of the forms that `verify` takes, or True for the example inputs. The
             result is verified against the model, and where they differ, the sites that are to
@@ -230,10 +235,11 @@ def rewrite(
             feed each other forever. The model is as it was.
         UnknownRuleSetError: no rule set has the given name.
         ExpectationError: `expect` does not hold.
-        InputError: the model does not take the inputs that it should be verified on.
+        InputError: the model does not take the inputs that it should be verified on, or a run is
+            to be trusted and there are no example inputs.
         VerificationError: the result differs from the model; the error names rules and sites.
     """
-    return Rewriter(rules, into=into).rewrite(
+    return Rewriter(rules, into=into, trust=trust).rewrite(
         model, example_inputs, expect=expect, verify=verify, trials=trials, progress=progress
     )
 
@@ -244,6 +250,7 @@ def plan(
     example_inputs: Any = None,
     *,
     into: Into | None = None,
+    trust: Trust | None = None,
 ) -> Report:
     """What `rewrite` would do, and why; changes nothing. The arguments are those of `rewrite`.
 
@@ -253,7 +260,7 @@ def plan(
     rule          applied  refused  missed
     fold_conv_bn        1        0       0
     """
-    return Rewriter(rules, into=into).plan(model, example_inputs)
+    return Rewriter(rules, into=into, trust=trust).plan(model, example_inputs)
 
 
 def fuse(model: nn.Module, into: Into | None = None) -> Any:

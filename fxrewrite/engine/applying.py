@@ -22,6 +22,7 @@ from .evaluation import evaluate, failure
 from .legality import refusal
 from .match import Site
 from .metadata_readers import metadata_refusal
+from .report import Assurance
 from .target import Target
 
 Modules = tuple[nn.Module | None, ...]
@@ -35,6 +36,7 @@ class Applied:
     kept: set[fx.Node]
     became: str
     notes: tuple[str, ...]
+    assurance: Assurance
 
 
 @attrs.frozen(eq=False)
@@ -140,11 +142,8 @@ class SiteRewriter:
 
     def _commit(self, rule: Rule[Any], site: Site, edit: Edit, targets: Sequence[str]) -> Applied:
         view = self._view
-        notes = (
-            *_notes(site),
-            *self._out_of_place_readers(site, edit),
-            *self._target.notes(site, edit),
-        )
+        notes = [*_notes(site), *self._out_of_place_readers(site, edit)]
+        notes += self._target.notes(site, edit)
         try:
             nodes = commit(view, site, edit, targets)
             self._target.record(nodes)
@@ -153,7 +152,8 @@ class SiteRewriter:
         became = " -> " if edit.revises else ", "
         new = nodes[:1] if edit.parts else nodes
         kept = {each.node for each in edit.kept}
-        return Applied(nodes, kept, became.join(map(name_of, new)), notes)
+        assurance = self._target.assurance(site)
+        return Applied(nodes, kept, became.join(map(name_of, new)), tuple(notes), assurance)
 
     def _out_of_place_readers(self, site: Site, edit: Edit) -> list[str]:
         """Let no reader of siblings write to what will be a part of one tensor."""

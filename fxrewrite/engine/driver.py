@@ -15,7 +15,7 @@ from ..rules.rule import Rule
 from ..rules.values import Declined
 from .applying import Applied, SiteRewriter
 from .evaluation import failure
-from .match import Alone, Miss, Site
+from .match import Miss, Site
 from .matcher import Matcher, calls, reads_one_value
 from .report import Finding
 from .siblings import siblings_of
@@ -134,9 +134,8 @@ class Driver:
         nodes = tuple([each.name for each in site.nodes])
         outcome = self._site_rewriter.apply(rule, site)
         if isinstance(outcome, Applied):
-            finding = Finding(
-                name, "applied", rule.name, steps, nodes, outcome.became, outcome.notes
-            )
+            came = outcome.became, outcome.notes, outcome.assurance
+            finding = Finding(name, "applied", rule.name, steps, nodes, *came)
             self.applied.append((rule, finding))
             self._places.append(self._order[anchor])
             self._pass_on(rule, site, outcome)
@@ -179,11 +178,7 @@ def _finding(rule: Rule[Any], node: fx.Node, found: Site | Declined, declined: D
 def _nearest(declined: list[Finding]) -> Finding:
     """Of what rules said at one anchor, the first refusal or else the miss that came closest."""
     refused = [each for each in declined if each.outcome == "refused"]
-    first = refused[0] if refused else max(declined, key=_depth)
+    depths = {each: getattr(each.cause, "depth", len(each.steps)) for each in declined}
+    first = refused[0] if refused else max(declined, key=depths.__getitem__)
     others = tuple(each for each in declined if each is not first)
     return attrs.evolve(first, others=others) if others else first
-
-
-def _depth(missed: Finding) -> int:
-    cause = missed.cause
-    return cause.depth if isinstance(cause, Miss | Alone) else len(missed.steps)

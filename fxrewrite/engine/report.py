@@ -11,12 +11,8 @@ from ..engine.match import Alone, Miss
 from ..ir.describe import in_one_line
 
 Outcome = Literal["applied", "refused", "missed"]
-
-
+Assurance = Literal["proved", "guarded", "trusted"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "refused", "missed")
-
-
-_IN_WORDS = ("cause", "others")
 
 
 @attrs.frozen(eq=False)
@@ -26,8 +22,9 @@ class Finding:
     `anchor` is its qualified name (or the node's own, where it calls no module). `steps` pairs
     each step that matched with what it calls, `nodes` are those nodes' names, or that of the anchor
     alone where no chain matched; `became` is what stands there now, and `notes` is what else there
-    is to know. Where nothing was applied, `others` are what the other rules that look for this kind
-    of anchor said of it.
+    is to know. What was applied is "proved" to be sound, "guarded" where the model's code might
+    call its modules in another way, which raises GuardError, or "trusted" where a run alone shows
+    it. Where nothing was applied, `others` are what other rules said of the anchor.
     """
 
     anchor: str
@@ -37,6 +34,7 @@ class Finding:
     nodes: tuple[str, ...] = ()
     became: str = ""
     notes: tuple[str, ...] = ()
+    assurance: Assurance | None = None
     cause: str | Miss | Alone = attrs.field(default="", repr=False)
     others: tuple[Finding, ...] = attrs.field(default=(), repr=False)
 
@@ -66,11 +64,12 @@ class Finding:
         if self.outcome != "applied":
             return f"{self.anchor}: {self.outcome} by {self.rule}: {self.reason}"
         chain = in_one_line(self.steps)
-        became = "; ".join((self.became or "nothing", *self.notes))
+        notes = self.notes if self.assurance == "proved" else (*self.notes, str(self.assurance))
+        became = "; ".join((self.became or "nothing", *notes))
         return f"{self.anchor}: applied by {self.rule}: {chain} became {became}"
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain data."""
-        told = attrs.asdict(self, filter=lambda field, _: field.name not in _IN_WORDS)
+        told = attrs.asdict(self, filter=lambda at, _: at.name not in ("cause", "others"))
         others = [each.to_dict() for each in self.others]
         return {**told, "reason": self.reason, "others": others}

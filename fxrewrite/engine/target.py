@@ -9,6 +9,7 @@ from torch import fx
 from .bindings import Shown
 from .editing import Edit
 from .match import Site
+from .report import Assurance
 
 
 class Target:
@@ -25,6 +26,10 @@ class Target:
     def notes(self, site: Site, edit: Edit) -> Sequence[str]:
         """What a user would want to know of an edit that may land there."""
         return ()
+
+    def assurance(self, site: Site) -> Assurance:
+        """What it rests on that an edit which may land there is sound."""
+        return "proved"
 
     def record(self, nodes: Sequence[fx.Node]) -> None:
         """Keep what is recorded of the graph's values true for nodes that were made."""

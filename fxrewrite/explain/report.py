@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
@@ -181,11 +182,23 @@ class Report:
                 lines += ["", "its mode is taken for granted, which the graph checks"]
         else:
             lines += _listing("asked for, so that the rules went into the module tree", asked)
+        lines += self._assured()
         noted = [f for f in self.applied if f.notes]
         lines += _listing("noted", [(f.anchor, "; ".join(f.notes)) for f in noted])
         lines += _listing("refused", [(f.anchor, f.reason) for f in self.refused])
         lines += _listing("missed", [(f.anchor, f.reason) for f in self.missed])
         return "\n".join(lines)
+
+    def _assured(self) -> list[str]:
+        """How many sites are sound only as far as the model's code does what was seen."""
+        counts = Counter(finding.assurance for finding in self.applied)
+        lines = []
+        if guarded := counts["guarded"]:
+            lines += ["", f"guarded: {guarded}, where the model raises GuardError if its code ever"]
+            lines += ["calls their modules in another way than was seen"]
+        if trusted := counts["trusted"]:
+            lines += ["", f"trusted: {trusted}, where one run alone shows that it may be done"]
+        return lines
 
     def _with(self, outcome: Outcome) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.outcome == outcome)

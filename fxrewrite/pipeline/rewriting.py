@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from ..engine.report import Finding
 from ..engine.target import Target
-from ..errors import FxRewriteError
+from ..errors import FxRewriteError, InputError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
 from ..rules.registry import Rules, RuleSet, resolve
@@ -34,6 +34,7 @@ from .applying import apply
 from .rule_lists import apart, leaf_types, rules_of, wanted_types
 
 Into = Literal["graph", "modules"]
+Trust = Literal["run"]
 
 
 def _resolved(rules: Rules) -> tuple[RuleSet, ...]:
@@ -42,7 +43,7 @@ def _resolved(rules: Rules) -> tuple[RuleSet, ...]:
 
 @attrs.frozen
 class Options:
-    """By which rules to rewrite, into what, and how to trace."""
+    """By which rules to rewrite, into what, how to trace, and what to trust."""
 
     rules: tuple[RuleSet, ...] = attrs.field(converter=_resolved)
     into: Into | None = attrs.field(default=None, kw_only=True)
@@ -50,11 +51,17 @@ class Options:
     leaf_modules: tuple[type[nn.Module] | str, ...] = attrs.field(
         default=(), kw_only=True, converter=checked_leaves
     )
+    trust: Trust | None = attrs.field(default=None, kw_only=True)
 
     @into.validator
     def _check(self, _: Any, into: Any) -> None:
         if into not in (None, "graph", "modules"):
             raise ValueError(f"into is 'graph', 'modules' or None, not {into!r}")
+
+    @trust.validator
+    def _check_trust(self, _: Any, trust: Any) -> None:
+        if trust not in (None, "run"):
+            raise ValueError(f"trust is 'run' or None, not {trust!r}")
 
 
 @attrs.frozen(eq=False)
@@ -85,7 +92,14 @@ def rewrite(
     """Rewrite a model as the options say, at so many sites at most.
 
     The order is: trace; lift, drive and lower, which is `apply`; write out; report.
+
+    Raises:
+        InputError: a run is to be trusted, and there are no inputs to run the model on.
     """
+    if options.trust == "run" and example_inputs is None:
+        raise InputError(
+            "trust='run' trusts a run on example_inputs, and there are none; give them"
+        )
     apart: set[int] = set()
     while True:
         traced = model if isinstance(model, ExportedProgram) else _trace(model, options)
@@ -96,7 +110,7 @@ def rewrite(
             elif traced.into == "graph":
                 job = _for_graph(traced, example_inputs)
             else:
-                job = _for_modules(traced, example_inputs, apart)
+                job = _for_modules(traced, example_inputs, apart, options.trust)
             done = apply(job.targets, options.rules, job.modules, job.stops, limit)
             if not (found := job.conflicts()):
                 made = job.write_out()
@@ -178,7 +192,9 @@ def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
     )
 
 
-def _for_modules(traced: _Traced, example_inputs: Any, apart: Collection[int]) -> _Job:
+def _for_modules(
+    traced: _Traced, example_inputs: Any, apart: Collection[int], trust: Trust | None
+) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
     views = _views(traced, modules, example_inputs)
     evidence = None
@@ -199,6 +215,7 @@ def _for_modules(traced: _Traced, example_inputs: Any, apart: Collection[int]) -
             how,
             evidence,
             is_certain=traced.is_certain and not view.part and how is not evidence,
+            trusts_run=trust == "run",
             homes=homes,
             apart=apart,
         )

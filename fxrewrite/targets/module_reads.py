@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -40,24 +40,33 @@ class _Read:
     of: frozenset[str] = frozenset()
 
 
-def read_flaw(passage: Passage, module: nn.Module, new: nn.Module) -> str | None:
-    """Why a function may tell a module from what it becomes, or None; with the line.
+def read_flaw(
+    owners: Iterable[nn.Module], passages: Iterable[Passage], module: nn.Module, new: nn.Module
+) -> str | None:
+    """Why some code may tell a module from what it becomes, or None; with the line.
 
     Args:
-        passage: a passage of a value through one call of the function.
+        owners: the modules that contain it, of which the forwards are looked at, by paths from
+            `self`.
+        passages: those of values through calls of functions, which are looked at for any module.
         module: a module of the model.
         new: what stands in its place afterwards.
     """
-    return _flaw(passage, module, new, of_any=True)
-
-
-def read_above(owner: nn.Module, module: nn.Module, new: nn.Module) -> str | None:
-    """As `read_flaw`, of the forward of a module that contains this one, by paths from `self`."""
-    kind: Any = type(owner)  # mypy takes the hash of a class for that of its instances
-    for code in _forward_codes(kind):
-        reason = _flaw(Passage(code, "self", None, owner), module, new, of_any=False)
-        if reason is not None:
-            return reason
+    passages = list(passages)
+    # A function that is given the module, and calls it, is one of the passages itself.
+    handed = {node for each in passages for node in found(each)[1:3] if isinstance(node, ast.expr)}
+    places = [(each, True) for each in passages]
+    for owner in owners:
+        kind: Any = type(owner)  # mypy takes the hash of a class for that of its instances
+        places += [(Passage(code, "self", None, owner), False) for code in _forward_codes(kind)]
+    for passage, of_any in places:
+        source, _, _, scope = found(passage)
+        for read in _reads(scope) if source is not None and scope is not None else ():
+            is_asked = of_any or read.path is not None
+            if is_asked and read.node not in handed and _tells(read, passage.owner, module, new):
+                assert source is not None
+                kind = type(module).__name__
+                return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
     return None
 
 
@@ -74,17 +83,6 @@ def _forward_codes(kind: Any) -> tuple[CodeType, ...]:
         if source is not None and scope is not None:
             pending += [read.name for read in _reads(scope) if read.path == ()]
     return tuple(codes)
-
-
-def _flaw(passage: Passage, module: nn.Module, new: nn.Module, *, of_any: bool) -> str | None:
-    source, _, _, scope = found(passage)
-    if source is None or scope is None:
-        return None
-    for read in _reads(scope):
-        if (of_any or read.path is not None) and _tells(read, passage.owner, module, new):
-            kind = type(module).__name__
-            return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
-    return None
 
 
 def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from ..engine.bindings import Shown, value_of
 from ..engine.editing import Edit
 from ..engine.legality import written_meanwhile
 from ..engine.match import Link, Site
+from ..engine.report import Assurance
 from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
@@ -22,7 +23,7 @@ from .evidence import Evidence
 from .graph_target import GraphTarget
 from .guard import Pair
 from .local_proof import flaw
-from .module_reads import read_above, read_flaw
+from .module_reads import read_flaw
 from .sources import line_of
 
 _ELSEWHERE = "into='graph' can rewrite it"
@@ -52,6 +53,7 @@ class ModuleTreeTarget(GraphTarget):
         evidence: Evidence | None = None,
         *,
         is_certain: bool,
+        trusts_run: bool = False,
         homes: Mapping[int, Sequence[ModuleTreeTarget]],
         apart: Collection[int] = (),
     ) -> None:
@@ -59,9 +61,12 @@ class ModuleTreeTarget(GraphTarget):
 
         `is_certain` says that the modules can't be called otherwise than in the graph. `homes` has,
         by a module's identity, the graphs that call it. Those that are `apart` stay as they are.
+        It `trusts_run` where what the run showed is taken for all that there is.
         """
         super().__init__(view)
         self._calls, self._evidence, self._is_certain = calls, evidence, is_certain
+        self._trusts = evidence if trusts_run else None
+        self._trusted: set[str] = set()
         self._homes, self._apart = homes, apart
         self._changed: set[int] = set()
         self._before = self._called()
@@ -139,10 +144,12 @@ class ModuleTreeTarget(GraphTarget):
         return [*dict.fromkeys(shown), *kinds]
 
     @override
-    def notes(self, site: Site, edit: Edit) -> Sequence[str]:
-        """As for a graph, and whether calls are watched that the model's code may make."""
+    def assurance(self, site: Site) -> Assurance:
+        """Whether the model's code might call its modules in another way, or is trusted not to."""
+        if site.links[0].node.name in self._trusted:
+            return "trusted"
         watched = not self._is_certain and any(map(self._is_called, site.links))
-        return [*super().notes(site, edit), *(["guarded"] if watched else [])]
+        return "guarded" if watched else "proved"
 
     def _parted(self, site: Site, changed: Sequence[Link], edit: Edit) -> str | None:
         """Why the model's code, on some way that was not traced, needs a module as it is."""
@@ -158,6 +165,25 @@ class ModuleTreeTarget(GraphTarget):
             return "it is not known how its values get from one call to the next"
         stays = [link.node for link in site.links if link not in gone]
         late = any(link.node < node for link in gone for node in stays)
+        becomes = {link: new.get(link) or nn.Identity() for link in changed if not _stays(link)}
+        reason = self._unproved(path, becomes, late)
+        if reason is not None:
+            if self._trusts is None or not all(self._trusts.shown(each, ()) for each in chain):
+                return reason
+            self._trusted.add(path[0])
+        if not self._is_certain:
+            self._guard(path, counts_writes=reason is None)
+        if path[0] in self._kinds:
+            self.expected[self._modules[path[0]]] = self._kinds[path[0]]
+        self._changed |= {id(self._original(link)) for link in becomes}
+        self._gone |= {id(self._original(link)) for link in gone}
+        self._gone_nodes |= {link.node.name for link in gone}
+        return None
+
+    def _unproved(
+        self, path: Sequence[str], becomes: Mapping[Link, nn.Module], late: bool
+    ) -> str | None:
+        """What the functions where the calls stand may do with the value, or with the modules."""
         passages: set[Passage] = set()
         for first, second in itertools.pairwise(path):
             found = self._calls.passages(first, second)
@@ -166,20 +192,10 @@ class ModuleTreeTarget(GraphTarget):
             if reason is not None:
                 return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
             passages.update(itertools.chain.from_iterable(filter(None, found)))
-        for link in changed:
-            module, after = self._original(link), new.get(link) or nn.Identity()
-            by_code = (read_flaw(each, module, after) for each in passages)
-            above = (read_above(each, module, after) for each in self._owners(link))
-            reason = next(filter(None, (*by_code, *above)), None)
-            if reason is not None and not _stays(link):
+        for link, after in becomes.items():
+            reason = read_flaw(self._owners(link), passages, self._original(link), after)
+            if reason is not None:
                 return reason
-        if not self._is_certain:
-            self._guard(path)
-        if path[0] in self._kinds:
-            self.expected[self._modules[path[0]]] = self._kinds[path[0]]
-        self._changed |= {id(self._original(link)) for link in changed if not _stays(link)}
-        self._gone |= {id(self._original(link)) for link in gone}
-        self._gone_nodes |= {link.node.name for link in gone}
         return None
 
     def _path(self, site: Site) -> list[str] | None:
@@ -198,7 +214,7 @@ class ModuleTreeTarget(GraphTarget):
             path += [*reversed(between), link.node.name]
         return path
 
-    def _guard(self, path: Sequence[str]) -> None:
+    def _guard(self, path: Sequence[str], *, counts_writes: bool) -> None:
         """Watch the calls of modules that follow one on the other."""
         at = [i for i, name in enumerate(path) if name in self._modules]
         for i, j in itertools.pairwise(at):
@@ -210,7 +226,7 @@ class ModuleTreeTarget(GraphTarget):
                 places = line_of(known[0], giving=True), line_of(known[-1])
             names = self._modules[path[i]], self._modules[path[j]]
             is_decided = self._calls.is_decided(path[i], path[j])
-            in_place = not is_decided and _flaw(found, False) is not None
+            in_place = counts_writes and not is_decided and _flaw(found, False) is not None
             pair = Pair(*names, places, is_direct=is_direct, counts_writes=in_place)
             self.pairs.setdefault(names, pair)
 

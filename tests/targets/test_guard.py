@@ -42,7 +42,7 @@ def model() -> Any:
 @pytest.fixture
 def made(model: nn.Module) -> Any:
     made, report = fxr.rewrite(model, "conv_bn", X, expect={"conv_bn": 2})
-    assert all("guarded" in each.notes for each in report.applied)
+    assert all(each.assurance == "guarded" for each in report.applied)
     with torch.no_grad():
         torch.testing.assert_close(made(X), model(X), rtol=1e-9, atol=1e-9)
     return made
@@ -167,5 +167,5 @@ def test_a_change_in_place_is_seen_where_the_code_may_make_one() -> None:
 def test_what_was_traced_as_a_whole_and_asks_nothing_has_no_guard() -> None:
     model = randomise(nn.Sequential(conv(), bn(), nn.ReLU()))
     made, report = fxr.rewrite(model, "conv_bn", into="modules", expect={"conv_bn": 1})
-    assert not any("guarded" in each.notes for each in report.applied)
+    assert not any(each.assurance == "guarded" for each in report.applied)
     assert not any(each._forward_hooks for each in made.modules())

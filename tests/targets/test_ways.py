@@ -196,7 +196,7 @@ CONTRADICTED = {"a branch without the norm"}
 def test_a_way_that_was_not_seen_is_right_or_guarded(body: str) -> None:
     """Whether the chain was traced or observed in a run, unless the run shows the two apart."""
     report = rewritten(made_of(forward(body, HOLDER)), 1, guarded=True)
-    assert "guarded" in report.applied[-1].notes
+    assert report.applied[-1].assurance == "guarded"
     is_seen = body not in map(GUARDED.get, CONTRADICTED)
     for more in ("", UNTRACED):
         model = made_of(forward(more + body, HOLDER))
