@@ -98,9 +98,9 @@ class SiteRewriter:
     def _shared_by(self, rule: Rule[Any], modules: Modules) -> _Placed | None:
         """What the same rule made of the same modules elsewhere, unless it is gone from there."""
         shared = self._shared.get((rule, *map(id, modules)))
-        if shared is None or not all(self._view.stands_at(*at) for at in shared.targets):
-            return None  # where it was, it has been rewritten once more
-        return shared
+        placed = () if shared is None else shared.targets
+        # Where it was, it may have been rewritten once more.
+        return shared if all(self._view.placed.get(at) is now for at, now in placed) else None
 
     def _decide(self, rule: Rule[Any], site: Site, shared: _Placed | None) -> Action | Declined:
         """What the rule wants, which it need not be asked again where it sees modules alone."""
@@ -129,9 +129,9 @@ class SiteRewriter:
         if call.slot is None:
             return self._view.free_name(type(call.module).__name__.lower()), False
         old, name = call.slot.module, name_of(call.slot.node)
-        if old is call.module or (old is not None and self._view.only_user(old)):
+        if old is call.module or (old is not None and self._view.users(old) == 1):
             return name, True
-        return self._view.free_name(name), False
+        return self._view.name_beside(name), False
 
     def _adopt(self, module: nn.Module, matched: Modules) -> None:
         """Give a new module the mode of those it replaces."""

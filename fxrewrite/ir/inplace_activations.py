@@ -30,7 +30,7 @@ def make_out_of_place(reader: fx.Node, view: Overlay) -> None:
     target, kwargs = other
     if reader.op == "call_module":
         old, name = view.module(reader), name_of(reader)
-        name = name if old is not None and view.only_user(old) else view.free_name(name)
+        name = name if old is not None and view.users(old) == 1 else view.name_beside(name)
         view.count(reader, -1)
         reader.target = name
         view.place(name, target)

@@ -37,6 +37,7 @@ class Overlay:
         # Whether the graph is only ever called with the sizes that it was made for.
         self.sizes_are_fixed = False
         self.placed: dict[str, Any] = dict(constants)
+        self._first_names: dict[str, str] = {}
         self.remarks: dict[fx.Node, str] = {}
         found = modules or dict(root.named_modules(remove_duplicate=False))
         self.modules: dict[Any, nn.Module] = found
@@ -102,24 +103,18 @@ class Overlay:
             return {}
         return {k: v for k, v in self.arguments(node).items() if isinstance(v, fx.Node)}
 
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Each module's qualified name with the first name that the same module has."""
-        first: dict[int, str] = {}
-        return {name: first.setdefault(id(each), name) for name, each in self.modules.items()}
-
     @functools.cached_property
     def ids(self) -> frozenset[int]:
         """The identities of all modules of the model."""
         return frozenset(map(id, self.modules.values()))
 
-    def only_user(self, module: nn.Module) -> bool:
-        """Whether a single call is all that uses a module, under whatever name.
+    def users(self, module: nn.Module) -> int:
+        """How many calls use a module, under whatever name.
 
-        Another call, a call of something inside it, a read of one of its attributes, and a called
-        module that contains it are further users.
+        A call of something inside it, a read of one of its attributes, and a call of a module that
+        contains it count as well.
         """
-        return self._users.get(id(module)) == 1
+        return self._users.get(id(module), 0)
 
     def free_name(self, target: str) -> str:
         """A qualified name near `target` that nothing of model or graph has or contains."""
@@ -127,6 +122,16 @@ class Overlay:
             # Below a called module is that module's own, and it belongs to the model.
             target = target.replace(".", "_")
         return fresh_name(target, _Taken(self))
+
+    def name_beside(self, target: str) -> str:
+        """A free name for a module that is to be called `target` once nothing else is."""
+        name = self.free_name(target)
+        self._first_names[name] = self.first_name(target)
+        return name
+
+    def first_name(self, target: str) -> str:
+        """What a new module of that name is to be called in the end."""
+        return self._first_names.get(target, target)
 
     def is_used(self, target: str) -> bool:
         """Whether a node of the graph calls or reads what has that name, or what it is part of."""
@@ -142,10 +147,6 @@ class Overlay:
     def place(self, target: str, value: nn.Module | torch.Tensor) -> None:
         """Lay a new module or tensor over the model's under that qualified name."""
         self.placed[target] = value
-
-    def stands_at(self, target: str, module: nn.Module) -> bool:
-        """Whether this new module is still what the name stands for."""
-        return self.placed.get(target) is module
 
     def count(self, node: fx.Node, by: int) -> None:
         """Note that a node that uses a module came (+1) or went (-1)."""

@@ -21,6 +21,7 @@ from ..ir.graph_view import GraphView
 from ..rules.registry import RuleSet
 from ..rules.rule import Rule
 from ..tracing.stops import Stop
+from .first_names import restore_names, with_names
 from .rule_lists import rules_of
 
 
@@ -85,12 +86,14 @@ def apply(
     lowered: dict[str, str] = {}
     for view, target in targets.items():
         driver = Driver(view, rules, target, None if limit is None else limit - len(sites))
-        found = (*driver.run(), *not_lifted(liftings[view], rules))
-        sites += driver.applied
-        graphs.append([each.renamed(view.shown) for each in found] if view.part else found)
+        found = [*driver.run(), *not_lifted(liftings[view], rules)]
         for name, said in near_misses(view, rules, driver.told).items():
             near[view.shown(name)] = (*near.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
+        restored = restore_names(view)
+        sites += [(rule, with_names(each, restored)) for rule, each in driver.applied]
+        found = [with_names(each, restored) for each in found]
+        graphs.append([each.renamed(view.shown) for each in found] if view.part else found)
     findings = [*_told_once(graphs), *coverage.findings()]
     became = _became(findings, coverage, lowered)
     return Applied(rule_sets, tuple(sites), tuple(findings), near, coverage, nodes, became)

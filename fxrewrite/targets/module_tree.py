@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -68,14 +69,16 @@ class ModuleTreeTarget(GraphTarget):
         self._trusts = evidence if trusts_run else None
         self._trusted: set[str] = set()
         self._homes, self._apart = homes, apart
-        self._changed: set[int] = set()
-        self._before = self._called()
+        self._changed: set[nn.Module] = set()
         self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
         self._modules = {
             node.name: str(node.target)
             for node in view.graph.find_nodes(op="call_module")
             if node.target in view.modules
         }
+        called = Counter(map(view.modules.__getitem__, self._modules.values()))
+        # What reads an attribute of a module, or calls it as a part of another, needs it as it is.
+        self._used_otherwise = {id(e) for e, count in called.items() if view.users(e) != count}
         self._gone: set[int] = set()
         self._gone_nodes: set[str] = set()
         self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
@@ -102,7 +105,7 @@ class ModuleTreeTarget(GraphTarget):
                 return f"it becomes calls that the forward would have to spell; {_ELSEWHERE}"
             if all(type(each.module) is nn.Identity for each in changed):
                 return "it is an Identity already, and something has to stand there"
-            if not any(each.module and view.only_user(each.module) for each in changed):
+            if not any(self._is_called_alone(self._original(each)) for each in changed):
                 return f"what it calls is used elsewhere too, and stays; {_ELSEWHERE}"
         if len(edit.reads) > 1:
             return (
@@ -111,11 +114,11 @@ class ModuleTreeTarget(GraphTarget):
             )
         homes = set[tuple[ModuleTreeTarget, ...]]()
         for link in changed:
-            if link.module is None or _stays(link):
+            if _stays(link):
                 continue
             found = tuple(self._homes.get(id(self._original(link)), ()))
             homes.add(found if self in found else (self,))
-            if not view.only_user(link.module) or not self._may_change(link, found):
+            if not self._may_change(self._original(link), found):
                 return (
                     f"{name_of(link.node)} is used elsewhere too, and one module can't be both "
                     f"what it was and what it becomes; {_ELSEWHERE}"
@@ -175,7 +178,7 @@ class ModuleTreeTarget(GraphTarget):
             self._guard(path, counts_writes=reason is None)
         if path[0] in self._kinds:
             self.expected[self._modules[path[0]]] = self._kinds[path[0]]
-        self._changed |= {id(self._original(link)) for link in becomes}
+        self._changed |= {self._original(each) for each in (becomes if edit.steps else changed)}
         self._gone |= {id(self._original(link)) for link in gone}
         self._gone_nodes |= {link.node.name for link in gone}
         return None
@@ -233,35 +236,46 @@ class ModuleTreeTarget(GraphTarget):
     def _shown(self, node: str) -> str:
         return self._modules.get(node, node)
 
-    def _may_change(self, link: Link, homes: Sequence[ModuleTreeTarget]) -> bool:
-        """Whether a module is still as it was, also in the graph in which it was traced."""
-        original = self._original(link)
-        if id(original) in self._apart:
-            return False
-        return self in homes or all(
-            id(original) not in each._changed and each._view.only_user(original) for each in homes
+    def _may_change(self, module: nn.Module, homes: Sequence[ModuleTreeTarget]) -> bool:
+        """Whether all calls of a module may be those of another one, in each graph that has some.
+
+        Whether they are in the end is seen when all sites have been rewritten: `conflicts`.
+        """
+        return self._is_called_alone(module) and (
+            self in homes
+            or all(module not in each._changed and each._is_called_alone(module) for each in homes)
         )
 
+    def _is_called_alone(self, module: nn.Module) -> bool:
+        """Whether nothing but calls uses a module in this graph, and it may become another."""
+        return id(module) not in self._used_otherwise and id(module) not in self._apart
+
     def conflicts(self) -> Iterator[int]:
-        """The modules that changed here, and not in another graph that calls them as well."""
-        for key in self._changed:
-            homes = self._homes.get(key, ())
-            if self in homes and any(key not in each._changed for each in homes):
-                yield key
+        """The modules that changed here, and not in all calls, or not to one and the same."""
+        view, now = self._view, self._called()
+        several = [view.modules[view.first_name(n)] for n in now - view.modules.keys()]
+        for module in self._changed:
+            homes = self._homes.get(id(module), ())
+            elsewhere = self in homes and any(module not in each._changed for each in homes)
+            if elsewhere or module in several or view.users(module):
+                yield id(module)
 
     def _is_called(self, link: Link) -> bool:
         """Whether a link is a call of a module of the model."""
-        return link.module is not None and name_of(link.node) in self._view.modules
+        return link.module is not None and self._first_name(link) in self._view.modules
+
+    def _first_name(self, link: Link) -> str:
+        return self._view.first_name(name_of(link.node))
 
     def _owners(self, link: Link) -> Iterator[nn.Module]:
         """The modules that contain what a link calls."""
-        name = name_of(link.node)
+        name = self._first_name(link)
         while name:
             name, _ = parent_name(name)
             yield self._view.modules[name]
 
     def _original(self, link: Link) -> nn.Module:
-        return self._view.modules[name_of(link.node)]
+        return self._view.modules[self._first_name(link)]
 
     @property
     def called(self) -> list[nn.Module]:
@@ -274,14 +288,13 @@ class ModuleTreeTarget(GraphTarget):
         new = {name: view.placed[name] for name in now if name in view.placed}
         gone = {
             name: nn.Identity().train(view.modules[name].training)
-            for name in self._before
+            for name in self._modules.values()
             if name not in now
         }
         return {id(view.modules[name]): module for name, module in {**gone, **new}.items()}
 
-    def _called(self) -> dict[str, None]:
-        calls = (node for node in self._view.graph.nodes if node.op == "call_module")
-        return dict.fromkeys(str(node.target) for node in calls)
+    def _called(self) -> set[str]:
+        return {str(node.target) for node in self._view.graph.find_nodes(op="call_module")}
 
 
 def _flaw(

@@ -110,7 +110,7 @@ def test_groups_of_the_same_modules_share_one_new_module():
         applied=2,
     )
     assert len(list(made.children())) == 1
-    assert {each.became for each in report.applied} == {"q_1"}
+    assert {each.became for each in report.applied} == {"q"}
 
 
 def test_values_of_the_graph_are_recorded_for_what_is_made():

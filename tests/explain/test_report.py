@@ -192,7 +192,8 @@ def test_json_is_stable_and_complete(model, report):
     assert list(data) == keys
     assert (data["version"], data["counts"]) == (1, report.counts)
     assert data["rule_sets"] == {"conv_bn": ["fold_conv_bn"]}
-    keys = ["anchor", "outcome", "rule", "steps", "nodes", "became", "notes", "reason", "others"]
+    keys = ["anchor", "outcome", "rule", "steps", "nodes", "became", "notes", "assurance"]
+    keys += ["reason", "others"]
     assert [list(each) for each in data["findings"]] == [keys] * 4
     assert [each["reason"] for each in data["findings"]] == [f.reason for f in report.findings]
     assert fxr.plan(Model().eval(), "conv_bn").to_json() == report.to_json()
