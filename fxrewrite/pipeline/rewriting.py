@@ -229,7 +229,7 @@ def _for_modules(
     def write_out() -> nn.Module:
         replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
         made = copied(model, replaced)
-        pairs = [pair for tree in targets.values() for pair in tree.pairs.values()]
+        pairs = [pair for tree in targets.values() for pair in tree.pairs]
         expected = {k: kinds for tree in targets.values() for k, kinds in tree.expected.items()}
         guarded(made, pairs, expected)
         return made

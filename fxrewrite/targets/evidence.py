@@ -6,9 +6,10 @@ import contextlib
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import torch
@@ -25,6 +26,9 @@ from .module_copy import copied
 
 # Clearing what is only suspended would end it.
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+Firsts: TypeAlias = "Mapping[nn.Module, Collection[nn.Module]]"
 
 
 @attrs.define(eq=False)
@@ -70,7 +74,7 @@ class Evidence:
         self._calls: dict[int, list[_Call]] = {}
         self._given: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
-        self._by_node: dict[str, int] = {}
+        self._by_node: dict[str, tuple[_Call, ...]] = {}
         self._made: dict[int, tuple[weakref.ref[torch.Tensor], _Call]] = {}
         self._open: list[_Call] = []
         self._frames: dict[int, FrameType] = {}
@@ -99,26 +103,30 @@ class Evidence:
         for call in itertools.chain.from_iterable(self._calls.values()):
             call.stack = []
 
-    def refusal(self, chain: Sequence[nn.Module], gone: Collection[int]) -> str | None:
+    def refusal(
+        self, chain: Sequence[nn.Module], gone: Collection[int], firsts: Firsts
+    ) -> str | None:
         """Why the run shows that these modules are not called one after the other, or None.
 
         Args:
             chain: the modules of a chain, in the order of its calls.
             gone: the identities of modules that hand on what they are given by now.
+            firsts: for modules that may be called on what several gave, those.
         """
         for first, second in itertools.pairwise(chain):
             before, after = self._calls.get(id(first), []), self._calls.get(id(second), [])
             sources = [self._source(each, gone) for each in after]
-            for source in sources:
-                if source is None or source.module != id(first):
-                    return (
-                        f"the run on the example inputs called {self._names[id(second)]} on "
-                        f"something else than what {self._names[id(first)]} gave"
-                    )
-            if set(sources) != set(before) or len(sources) != len(before):
+            known = firsts.get(second, (first,))
+            if any(each is None or each.module not in map(id, known) for each in sources):
+                return (
+                    f"the run on the example inputs called {self._names[id(second)]} on "
+                    f"something else than what {self._names[id(first)]} gave"
+                )
+            taken = [each for each in sources if each is not None and each.module == id(first)]
+            if set(taken) != set(before) or len(taken) != len(before):
                 return (
                     f"the run on the example inputs called {self._names[id(first)]} "
-                    f"{len(before)} times and {self._names[id(second)]} {len(after)} times"
+                    f"{len(before)} times and {self._names[id(second)]} {len(taken)} times"
                 )
         return None
 
@@ -152,7 +160,8 @@ class Evidence:
     def graph(self, modules: Collection[nn.Module]) -> tuple[fx.Graph, dict[fx.Node, str]]:
         """A graph of the calls of these modules, as they were in the run, and of what they read.
 
-        A module is one node, which reads another one if all its calls read what that one gave.
+        A module is one node, or one for each module that it read, where it is clear which of them
+        each further one read.
 
         Returns:
             The graph, and what its inputs, readers and output are, in words.
@@ -160,29 +169,39 @@ class Evidence:
         wanted = set(map(id, modules))
         calls_of = (call for key in wanted for call in self._calls.get(key, ()))
         wanted |= {call.source.module for call in calls_of if call.source is not None}
-        graph, nodes, remarks = fx.Graph(), dict[int, fx.Node](), dict[fx.Node, str]()
-        for key, calls in self._calls.items():
-            if key not in wanted:
-                continue
-            sources = {0 if call.source is None else call.source.module for call in calls}
-            source = nodes.get(sources.pop()) if len(sources) == 1 else None
+        groups = _groups([call for key in wanted for call in self._calls.get(key, ())])
+        group_of = {call: group for group in groups for call in group}
+        graph, remarks = fx.Graph(), dict[fx.Node, str]()
+        nodes: dict[tuple[_Call, ...], fx.Node | None] = {}
+
+        def add(group: tuple[_Call, ...]) -> None:
+            nodes[group] = None
+            sources = {group_of.get(call.source) for call in group if call.source is not None}
+            source = None
+            if len(sources) == 1 and all(call.source is not None for call in group):
+                (before,) = sources
+                if before is not None and before not in nodes:
+                    add(before)
+                source = nodes.get(before) if before is not None else None
             if source is None:
                 source = graph.placeholder("untraced")
                 remarks[source] = "a value of code that can't be traced"
-            inputs = (source,) if all(call.given is not None for call in calls) else (source,) * 2
-            nodes[key] = graph.call_module(self._names[key], inputs)
-            self._by_node[nodes[key].name] = key
-        for key, node in nodes.items():
-            calls = self._calls[key]
-            readers = dict.fromkeys(name for call in calls for name in call.readers)
-            for name in readers:
+            reads_one = all(call.given is not None for call in group)
+            inputs = (source,) * (1 if reads_one else 2)
+            node = nodes[group] = graph.call_module(self._names[group[0].module], inputs)
+            self._by_node[node.name] = group
+
+        for group in groups:
+            if group not in nodes:
+                add(group)
+        others = [c for calls in self._calls.values() for c in calls if c not in group_of]
+        for group, node in nodes.items():
+            readers = [name for call in group for name in call.readers]
+            readers += ["another module"] * any(each.source in group for each in others)
+            for name in dict.fromkeys(readers):
                 remarks[graph.call_function(_reader(name), (node,))] = name
-            after = (c for each in self._calls.values() for c in each if c.source in calls)
-            if any(each.module not in nodes for each in after):
-                remarks[graph.call_function(_reader("another module"), (node,))] = "another module"
-        remarks[graph.output(tuple(node for node in nodes.values() if not node.users))] = (
-            "code that can't be traced"
-        )
+        read = tuple(node for node in nodes.values() if node is not None and not node.users)
+        remarks[graph.output(read)] = "code that can't be traced"
         return graph, remarks
 
     def is_decided(self, first: str, second: str) -> bool:
@@ -191,7 +210,7 @@ class Evidence:
 
     def passages(self, first: str, second: str) -> list[tuple[Passage, ...] | None]:
         """How the value of a node of the graph got to another one, in each call of that."""
-        return list(dict.fromkeys(call.how for call in self._calls[self._by_node[second]]))
+        return list(dict.fromkeys(call.how for call in self._by_node[second]))
 
     def _source(self, call: _Call, gone: Collection[int]) -> _Call | None:
         source = call.source
@@ -273,6 +292,31 @@ class _Readers(TorchFunctionMode):
         if not is_question:
             self._on_read(name, pytree.tree_leaves((args, kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+
+def _groups(calls: Sequence[_Call]) -> list[tuple[_Call, ...]]:
+    """The calls of each module, apart where they read different modules, if that can be told.
+
+    They are not apart where a further module would read some of several of them.
+    """
+    together: set[int] = set()
+    while True:
+        groups: dict[tuple[int, int], list[_Call]] = {}
+        for call in calls:
+            groups.setdefault(_key(call, together), []).append(call)
+        unclear: set[int] = set()
+        for group in groups.values():
+            sources = {_key(call.source, together) for call in group if call.source is not None}
+            modules = Counter(module for module, _ in sources)
+            unclear |= {module for module, count in modules.items() if count > 1}
+        if not unclear:
+            return [tuple(group) for group in groups.values()]
+        together |= unclear
+
+
+def _key(call: _Call, together: Collection[int]) -> tuple[int, int]:
+    is_apart = call.source is not None and call.module not in together
+    return call.module, call.source.module if is_apart and call.source is not None else 0
 
 
 def _shown(tensor: torch.Tensor) -> Shown:

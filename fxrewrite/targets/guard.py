@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ class Pair:
 
     `places` are the lines of the user's code that call them. It `is_direct` where no function of
     the forward stands between the two. It `counts_writes` where other code may change the value in
-    between, on a way that was not seen.
+    between, on a way that was not seen. It `is_alone` where each of them is called at one place.
     """
 
     first: str
@@ -32,6 +34,7 @@ class Pair:
     places: tuple[str, str]
     is_direct: bool = True
     counts_writes: bool = False
+    is_alone: bool = True
 
     def error(self, what: str) -> GuardError:
         """The error for a call that is otherwise."""
@@ -47,96 +50,104 @@ class Pair:
         )
 
 
-class Guard:
-    """What the guarded modules of one model have given and nobody has taken yet, in each thread."""
+class _Pending(threading.local):
+    """What modules have given and nobody has taken yet, in this thread: by module, the tensors."""
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self.depth = 0
+        self.given: dict[str, list[tuple[weakref.ref[torch.Tensor], object, Pair]]] = {}
+
+
+class Guard:
+    """The guarded modules of one model: its hooks are called around the model itself."""
+
+    def __init__(self) -> None:
+        self.pending = _Pending()
 
     def __reduce__(self) -> Any:
         return Guard, ()
 
-    @property
-    def pending(self) -> dict[Pair, weakref.ref[torch.Tensor]]:
-        """By pair, the tensor that the first module gave."""
-        try:
-            found: dict[Pair, weakref.ref[torch.Tensor]] = self._local.pending
-        except AttributeError:
-            found = self._local.pending = {}
-            self._local.versions = {}
-            self._local.depth = 0
-        return found
-
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before the model runs: what a call that raised has left is forgotten."""
-        if torch.compiler.is_compiling():
-            return
-        pending = self.pending
-        if not self._local.depth:
-            pending.clear()
-        self._local.depth += 1
+        if not torch.compiler.is_compiling():
+            pending = self.pending
+            if not pending.depth:
+                pending.given.clear()
+            pending.depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it ran: all that was given has been taken, unless the forward raised."""
         if torch.compiler.is_compiling():
             return
         pending = self.pending
-        self._local.depth -= 1
-        if pending and not self._local.depth:
-            pair = next(iter(pending))
-            pending.clear()
+        pending.depth -= 1
+        if not pending.depth and pending.given:
+            _, _, pair = next(iter(pending.given.values()))[0]
+            pending.given.clear()
             if sys.exc_info()[0] is None:
                 raise pair.error(f"what {pair.first} gave was not given to {pair.second}")
 
-    def given(self, pair: Pair, output: torch.Tensor) -> None:
-        """The first module of a pair gave this."""
-        pending = self.pending
-        before = pending.get(pair)
-        # Outside of a call of the model, one that raised may have left it.
-        if before is not None and (self._local.depth or before() is not None):
-            pending.clear()
-            raise pair.error(f"{pair.first} was called twice, and {pair.second} not in between")
-        pending[pair] = weakref.ref(output)
+
+@attrs.frozen(eq=False)
+class _Gives:
+    """A hook behind a module that is the first of pairs."""
+
+    guard: Guard
+    pair: Pair
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        pair, pending = self.pair, self.guard.pending
+        version = None
         if pair.counts_writes:
             if output.is_inference():
                 raise pair.error(
                     "torch counts no writes in inference mode, so that it is not seen whether what "
                     f"{pair.first} gave is changed in place; use torch.no_grad() instead"
                 )
-            self._local.versions[pair] = version_of(output)
-
-    def taken(self, pair: Pair, value: Any) -> None:
-        """The second module of a pair is called on this."""
-        before = self.pending.pop(pair, None)
-        if before is None or (pair.is_direct and before() is not value):
-            self.pending.clear()
-            raise pair.error(f"{pair.second} was called on something else than {pair.first} gave")
-        if pair.counts_writes and self._local.versions.pop(pair) != version_of(value):
-            raise pair.error(f"what {pair.first} gave was changed in place before {pair.second}")
-
-
-@attrs.frozen(eq=False)
-class _Gives:
-    """A hook behind a module."""
-
-    guard: Guard
-    pair: Pair
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.guard.given(self.pair, output)
+            version = version_of(output)
+        given = weakref.ref(output), version, pair
+        before = pending.given.get(pair.first)
+        if before is None:
+            pending.given[pair.first] = [given]
+            return
+        # Outside of a call of the model, one that raised may have left it.
+        if not pending.depth:
+            before[:] = [each for each in before if each[0]() is not None]
+        if before and pair.is_alone:
+            pending.given.clear()
+            raise pair.error(f"{pair.first} was called twice, and {pair.second} not in between")
+        before.append(given)
 
 
 @attrs.frozen(eq=False)
 class _Takes:
-    """A hook before a module."""
+    """A hook before a module that is the second of pairs."""
 
     guard: Guard
-    pair: Pair
+    pairs: tuple[Pair, ...]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.guard.taken(self.pair, _first(args, kwargs))
+        if torch.compiler.is_compiling():
+            return
+        value, given = _first(args, kwargs), self.guard.pending.given
+        for pair in self.pairs:
+            held = given.get(pair.first, ())
+            for i, (ref, version, _) in enumerate(held):
+                if ref() is value or not pair.is_direct:
+                    if len(held) == 1:
+                        del given[pair.first]
+                    else:
+                        del given[pair.first][i]
+                    if pair.counts_writes and version != version_of(value):
+                        raise pair.error(
+                            f"what {pair.first} gave was changed in place before {pair.second}"
+                        )
+                    return
+        given.clear()
+        pair = self.pairs[0]
+        raise pair.error(f"{pair.second} was called on something else than {pair.first} gave")
 
 
 @attrs.frozen(eq=False)
@@ -181,14 +192,35 @@ def guarded(
     guard = Guard()
     model.register_forward_pre_hook(guard.enter, prepend=True)
     model.register_forward_hook(guard.leave, always_call=True)
-    known = set()
+    names: dict[nn.Module, str] = {}  # one of those that a module has
+    merged: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
-        first, second = (model.get_submodule(name) for name in (pair.first, pair.second))
-        if (first, second) in known:  # modules that have several names
-            continue
-        known.add((first, second))
-        first.register_forward_hook(_Gives(guard, pair))
-        second.register_forward_pre_hook(_Takes(guard, pair), prepend=True, with_kwargs=True)
+        first, second = (
+            names.setdefault(model.get_submodule(name), name) for name in (pair.first, pair.second)
+        )
+        pair = attrs.evolve(pair, first=first, second=second)
+        merged[first, second] = _merged(merged.get((first, second), pair), pair)
+    giving, taking = defaultdict[str, list[Pair]](list), defaultdict[str, list[Pair]](list)
+    for pair in merged.values():
+        giving[pair.first].append(pair)
+        taking[pair.second].append(pair)
+    for module, name in names.items():
+        if name in giving:
+            gives = _Gives(guard, functools.reduce(_merged, giving[name]))
+            module.register_forward_hook(gives)
+        if name in taking:
+            takes = _Takes(guard, tuple(taking[name]))
+            module.register_forward_pre_hook(takes, prepend=True, with_kwargs=True)
+
+
+def _merged(one: Pair, other: Pair) -> Pair:
+    """One pair for two places; what holds at both of them."""
+    return attrs.evolve(
+        one,
+        is_direct=one.is_direct and other.is_direct,
+        counts_writes=one.counts_writes or other.counts_writes,
+        is_alone=one.is_alone and other.is_alone,
+    )
 
 
 def unguarded(model: nn.Module) -> nn.Module:

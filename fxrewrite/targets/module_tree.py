@@ -76,14 +76,15 @@ class ModuleTreeTarget(GraphTarget):
             for node in view.graph.find_nodes(op="call_module")
             if node.target in view.modules
         }
-        called = Counter(map(view.modules.__getitem__, self._modules.values()))
+        self._calls_of = called = Counter(view.modules[e] for e in self._modules.values())
         # What reads an attribute of a module, or calls it as a part of another, needs it as it is.
         self._used_otherwise = {id(e) for e, count in called.items() if view.users(e) != count}
         self._gone: set[int] = set()
         self._gone_nodes: set[str] = set()
         self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
+        self._firsts = self._firsts_of_several()
         self._kinds: dict[str, frozenset[Shown]] = {}
-        self.pairs: dict[tuple[str, str], Pair] = {}
+        self.pairs: list[Pair] = []
         self.expected: dict[str, frozenset[Shown]] = {}
 
     @override
@@ -160,7 +161,7 @@ class ModuleTreeTarget(GraphTarget):
         gone = [link for link in changed if link not in new]
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
         if self._evidence is not None:
-            reason = self._evidence.refusal(chain, self._gone | self._idle)
+            reason = self._evidence.refusal(chain, self._gone | self._idle, self._firsts)
             if reason is not None:
                 return reason
         path = self._path(site)
@@ -217,21 +218,46 @@ class ModuleTreeTarget(GraphTarget):
             path += [*reversed(between), link.node.name]
         return path
 
+    def _firsts_of_several(self) -> dict[nn.Module, list[nn.Module]]:
+        """For each module that is called several times, those whose values it is called on."""
+        firsts: dict[nn.Module, list[nn.Module]] = {}
+        for node, name in self._modules.items():
+            module, before = self._view.modules[name], self._reads[node]
+            while len(before) == 1 and self._is_idle(before[0]):
+                before = self._reads[before[0]]
+            if self._calls_of[module] > 1 and len(before) == 1 and before[0] in self._modules:
+                firsts.setdefault(module, []).append(self._view.modules[self._modules[before[0]]])
+        return firsts
+
+    def _is_idle(self, node: str) -> bool:
+        return node in self._modules and hands_on(self._view.modules[self._modules[node]])
+
     def _guard(self, path: Sequence[str], *, counts_writes: bool) -> None:
         """Watch the calls of modules that follow one on the other."""
-        at = [i for i, name in enumerate(path) if name in self._modules]
+        ends = path[0], path[-1]
+        at = [i for i, e in enumerate(path) if e in self._modules]
+        at = [i for i in at if path[i] in ends or not self._is_idle(path[i])]
         for i, j in itertools.pairwise(at):
-            is_direct = j == i + 1
-            found = self._calls.passages(path[i], path[j]) if is_direct else ()
-            known = next(filter(None, found), None)
+            is_direct = all(map(self._is_idle, path[i + 1 : j]))
+            steps = itertools.pairwise(path[i : j + 1]) if is_direct else ()
+            found = [each for step in steps for each in self._calls.passages(*step)]
+            known = [each for each in found if each]
             places = ("", "")
-            if known is not None:
-                places = line_of(known[0], giving=True), line_of(known[-1])
+            if known:
+                places = line_of(known[0][0], giving=True), line_of(known[-1][-1])
             names = self._modules[path[i]], self._modules[path[j]]
             is_decided = self._calls.is_decided(path[i], path[j])
             in_place = counts_writes and not is_decided and _flaw(found, False) is not None
-            pair = Pair(*names, places, is_direct=is_direct, counts_writes=in_place)
-            self.pairs.setdefault(names, pair)
+            is_alone = all(map(self._is_called_once, names))
+            pair = Pair(
+                *names, places, is_direct=is_direct, counts_writes=in_place, is_alone=is_alone
+            )
+            self.pairs.append(pair)
+
+    def _is_called_once(self, name: str) -> bool:
+        module = self._view.modules[name]
+        seen = [] if self._evidence is None else self._evidence.shown(module, ())
+        return max(len(seen), self._calls_of[module]) <= 1
 
     def _shown(self, node: str) -> str:
         return self._modules.get(node, node)
