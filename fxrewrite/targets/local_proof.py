@@ -46,10 +46,11 @@ Status = Literal["none", "fresh", "read", "taken"]
 
 @attrs.frozen
 class _State:
-    """The variables that may have the value, and what was done with it."""
+    """The variables that may have the value, what was done with it, and what read it first."""
 
     names: frozenset[str] = frozenset()
     status: Status = "none"
+    reader: ast.AST | None = None
 
     def bound(self, name: str, holds: bool) -> _State:
         names = self.names | {name} if holds else self.names - {name}
@@ -394,11 +395,14 @@ class _Walk:
     def _used(self, node: ast.AST, state: _State) -> _State:
         if state.status == "taken":
             raise _FlawError(self._said("also reads it", node))
-        return attrs.evolve(state, status="read")
+        reader = state.reader if state.status == "read" else node
+        return attrs.evolve(state, status="read", reader=reader)
 
     def _take(self, node: ast.AST, state: _State) -> _State:
+        if state.reader is not None:
+            raise _FlawError(self._said("may also read it", state.reader))
         if state.status != "fresh":
-            raise _FlawError(self._said("may read it after something else did", node))
+            raise _FlawError(self._said("may read it twice", node))
         return attrs.evolve(state, status="taken")
 
     def _said(self, what: str, node: ast.AST) -> str:

@@ -315,7 +315,7 @@ def test_a_value_goes_through_methods_that_take_and_return_it() -> None:
     rewritten(made_of(forward(UNTRACED + body, HELPER + "    return y\n")), 1, X)
     kept = HELPER + "    self.kept = y\n    return y\n"
     report = rewritten(made_of(forward(UNTRACED + body, kept)), 0, X)
-    assert "helper may read it after something else did, at <written" in report.why("bn")
+    assert "helper may also read it, at <written" in report.why("bn")
 
 
 def test_without_source_only_what_goes_one_way_is_rewritten() -> None:
