@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ from torch import nn
 from ..dialects.lifting import Lifting
 from ..dialects.lowering import lower
 from ..engine.driver import Driver
-from ..engine.report import Finding
+from ..engine.report import OUTCOMES, Finding
 from ..engine.target import Target
 from ..explain.coverage import Coverage, not_lifted
 from ..explain.near_misses import NearMiss, near_misses
@@ -94,24 +94,34 @@ def apply(
         sites += [(rule, with_names(each, restored)) for rule, each in driver.applied]
         found = [with_names(each, restored) for each in found]
         graphs.append([each.renamed(view.shown) for each in found] if view.part else found)
-    findings = [*_told_once(graphs), *coverage.findings()]
+    findings = [*_told_once(graphs, modules), *coverage.findings()]
     became = _became(findings, coverage, lowered)
     return Applied(rule_sets, tuple(sites), tuple(findings), near, coverage, nodes, became)
 
 
-def _told_once(graphs: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Of a call that two graphs have, what is told of it by the one that rewrote it, or the first.
+def _told_once(graphs: Sequence[Sequence[Finding]], modules: Container[str]) -> list[Finding]:
+    """Of a call that several graphs have, what the first says that rewrote it, or that had it.
 
-    What was traced, and is next to code that was not, is in both.
+    What was traced, and is next to code that was not, is in several; so is what comes before a
+    question that has two answers.
     """
-    applied = [{each.anchor for each in found if each.outcome == "applied"} for found in graphs]
-    told: set[str] = set()
-    kept: list[Finding] = []
-    for i, found in enumerate(graphs):
-        others = told.union(*applied[:i], *applied[i + 1 :])
-        kept += [f for f in found if f.outcome == "applied" or f.anchor not in others]
-        told |= {each.anchor for each in found}
-    return kept
+    teller: dict[tuple[str, str], int] = {}
+    for wanted in (("applied",), OUTCOMES):
+        for i, found in enumerate(graphs):
+            for each in found:
+                if each.outcome in wanted:
+                    teller.setdefault(_call(each, modules), i)
+    return [
+        each
+        for i, found in enumerate(graphs)
+        for each in found
+        if teller[_call(each, modules)] == i
+    ]
+
+
+def _call(finding: Finding, modules: Container[str]) -> tuple[str, str]:
+    """What a finding is of; functions that several graphs call may have the same name."""
+    return finding.anchor, "" if finding.anchor in modules else finding.reason
 
 
 def _became(

@@ -100,9 +100,10 @@ def rewrite(
         raise InputError(
             "trust='run' trusts a run on example_inputs, and there are none; give them"
         )
+    has_inputs = example_inputs is not None
     apart: set[int] = set()
     while True:
-        traced = model if isinstance(model, ExportedProgram) else _trace(model, options)
+        traced = model if isinstance(model, ExportedProgram) else _trace(model, options, has_inputs)
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(traced, ExportedProgram):
@@ -151,7 +152,7 @@ class _Job:
     conflicts: Callable[[], set[int]] = set
 
 
-def _trace(model: nn.Module, options: Options) -> _Traced:
+def _trace(model: nn.Module, options: Options, has_inputs: bool) -> _Traced:
     """Trace a model, and decide where its rewrite goes.
 
     Raises:
@@ -170,7 +171,10 @@ def _trace(model: nn.Module, options: Options) -> _Traced:
     if into == "modules":
         whole = whole.unchecked()
     wanted = wanted_types(rules)
-    parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=into == "modules")
+    is_tree = into == "modules"
+    # What a run on inputs will show need not be guessed.
+    guesses = is_tree and not has_inputs
+    parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=is_tree, guesses=guesses)
     is_certain = whole.is_whole and not whole.assumptions
     return _Traced(model, parts, into, whole.is_whole, is_certain, assumptions)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import CodeType
 from typing import Any
 
 from torch import fx
+
+from .passages import stack
 
 
 def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
@@ -63,6 +66,28 @@ def tolerant(tracer: fx.Tracer, leaves: set[str]) -> dict[str, Exception]:
     tracer.call_module = call  # type: ignore[method-assign, assignment]
     tracer.getattr = get  # type: ignore[method-assign, assignment]
     return raised
+
+
+def answer_questions(tracer: fx.Tracer, guess: bool) -> None:
+    """Let a tracer answer whether a value is true, where the model's own forward asks for it.
+
+    Each place is given the guess once, and then what ends a loop.
+
+    Args:
+        tracer: a tracer of our own. It is changed in place.
+        guess: the answer.
+    """
+    to_bool, asked = tracer.to_bool, set[tuple[CodeType, int]]()
+
+    def answer(value: fx.Proxy) -> bool:
+        if tracer.module_stack:
+            return to_bool(value)
+        place = stack()[-1]
+        is_first = (place.code, place.at) not in asked
+        asked.add((place.code, place.at))
+        return guess and is_first
+
+    tracer.to_bool = answer  # type: ignore[method-assign, assignment]
 
 
 def _note_questions(tracer: fx.Tracer) -> list[Exception]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import attrs
@@ -70,6 +70,7 @@ class Parts:
         leaf_modules: as for tracing.
         tracer: as for tracing.
         in_leaves: whether to go on in modules that are one node of a part since they carry hooks.
+        guesses: whether to guess answers to what a forward asks of values, to see what follows.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Parts:
         tracer: fx.Tracer | type[fx.Tracer] | None = None,
         *,
         in_leaves: bool = True,
+        guesses: bool = False,
     ) -> None:
         self.parts: list[Part] = []
         self.stops: dict[str, Stop] = {}
@@ -94,8 +96,8 @@ class Parts:
         names = {each for each in self._leaves if isinstance(each, str)}
         self._keeps_whole = keeps_whole(tracer or fx.Tracer, types, names)
         self._roots = {id(model)}
-        again = functools.partial(attempt, model, self._leaves, tracer, record=True)
-        self._add("", whole, again)
+        self._guesses = guesses
+        self._add("", whole, functools.partial(attempt, model, self._leaves, tracer))
 
     @property
     def inner(self) -> list[str]:
@@ -121,22 +123,27 @@ class Parts:
     def _names(self) -> dict[int, str]:
         return {id(each): name for name, each in self._model.named_modules()}
 
-    def _add(self, name: str, traced: Traced, again: Callable[[], Traced]) -> None:
+    def _add(self, name: str, traced: Traced, again: Callable[..., Traced]) -> None:
         """Add what tracing a submodule gave, and go on where it stopped."""
-        for each in traced.stops:
-            below = _join(name, each.name)
-            self.stops[below] = attrs.evolve(each, name=below, error=None)
-        part = _part(name, traced, again)
-        if part is not None:
-            self.parts.append(part)
-        if part is None or traced.graph is None:
-            self._open(name, part)
-        if part is None:
+        ways = [(traced, again)]
+        branches = any(each.is_branch and not each.name for each in traced.stops)
+        if traced.graph is None and branches and self._guesses:
+            ways = _both_ways(traced, again)
+        parts = []
+        for way, how in ways:
+            for each in way.stops:
+                below = _join(name, each.name)
+                self.stops.setdefault(below, attrs.evolve(each, name=below, error=None))
+            part = _part(name, way, functools.partial(how, record=True))
+            parts += [part] if part is not None else []
+        self.parts += parts
+        nodes = [node for part in parts for node in part.graph.nodes]
+        if not parts or traced.graph is None:
+            self._open(name, {path for node in nodes for path in _module_path(node)})
+        if not parts or (not self.stops and not self._in_leaves):
             return
-        if not self.stops and not self._in_leaves:
-            return
-        for target in dict.fromkeys(str(n.target) for n in part.graph.find_nodes(op="call_module")):
-            if target in part.constants:
+        for target in dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module"):
+            if any(target in part.constants for part in parts):
                 continue  # a check, which the model does not have
             module = self._model.get_submodule(target)
             if target in self.stops:
@@ -144,9 +151,8 @@ class Parts:
             elif self._in_leaves and has_hooks(module) and not self._keeps_whole(module, target):
                 self._trace(target, module)
 
-    def _open(self, name: str, seen: Part | None = None) -> None:
+    def _open(self, name: str, inlined: Collection[str] = ()) -> None:
         """Go on with the submodules of what can't be traced, but for those that were seen."""
-        inlined = {path for node in seen.graph.nodes for path in _module_path(node)} if seen else ()
         opened = self._model.get_submodule(name)
         if not is_compiled(opened):
             for inner, module in _callable_children(opened, name):
@@ -166,11 +172,27 @@ class Parts:
             for each in self._leaves
             if isinstance(each, type) or each.startswith(f"{name}.")
         ]
-        again = functools.partial(attempt, module, below, self._tracer, record=True)
-        self._add(name, attempt(module, below, self._tracer).unchecked(), again)
+        again = functools.partial(attempt, module, below, self._tracer)
+        self._add(name, again().unchecked(), again)
 
     def _is_wanted(self, module: nn.Module) -> bool:
         return any(isinstance(each, self._wanted) for each in module.modules())
+
+
+def _both_ways(
+    traced: Traced, again: Callable[..., Traced]
+) -> list[tuple[Traced, Callable[..., Traced]]]:
+    """What there is if questions are answered so, and if otherwise, each with how to trace it."""
+    ways = [functools.partial(again, guess=guess) for guess in (True, False)]
+    found = [(how().unchecked(), how) for how in ways]
+    is_more = any(_count_calls(each) > _count_calls(traced) for each, _ in found)
+    # The reason why it stopped is that of the first trace.
+    first = [(attrs.evolve(traced, graph=None, fragment=None), again)]
+    return [*first, *found] if is_more else [(traced, again)]
+
+
+def _count_calls(traced: Traced) -> int:
+    return 0 if traced.seen is None else len(traced.seen.find_nodes(op="call_module"))
 
 
 def _part(name: str, traced: Traced, again: Callable[[], Traced]) -> Part | None:

@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from .thread_guard import AmbientStateError
 
+_BRANCHES = "cannot be used as inputs to control flow"
 _PLAIN_WORDS = {
-    "cannot be used as inputs to control flow": "it branches on a value that only a real run has",
+    _BRANCHES: "it branches on a value that only a real run has",
     "cannot be iterated": "it iterates over a value whose length only a real run has",
     "'len' is not supported": "it asks for the length of a value that only a real run has",
     "__int__ returned non-int": "it makes a number of a value that only a real run has",
@@ -43,6 +44,11 @@ class Stop:
     def where(self) -> str:
         """The module by name and type."""
         return f"{self.name} ({self.kind})" if self.name else self.kind
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it asks if a value is true."""
+        return _BRANCHES in self.said
 
     def __str__(self) -> str:
         """The reason, and the line."""

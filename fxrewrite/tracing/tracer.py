@@ -18,7 +18,7 @@ from ..module_utils.names import parent_name
 from ..module_utils.state import Snapshot
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
-from .error_recovery import tolerant
+from .error_recovery import answer_questions, tolerant
 from .guards import Watch
 from .passages import Passages, Recorder
 from .proxies import Proxy
@@ -115,11 +115,13 @@ def attempt(
     left_out: Mapping[str, str] | None = None,
     *,
     record: bool = False,
+    guess: bool | None = None,
 ) -> Traced:
     """As `trace`, with each submodule that can't be traced as one node, and no TraceError.
 
     `left_out` are arguments that are traced at their default, with the line that asks for each.
-    `record` asks for the passages of values, which takes longer.
+    `record` asks for the passages of values, which takes longer. With a `guess`, what comes after
+    the model's own questions is there as well, as a fragment on the way of these answers.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
@@ -134,14 +136,14 @@ def attempt(
     with _tracing:
         # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
         # A model that needs a buffer's value then does not trace, and gets a second try without.
-        settled = functools.partial(_settled, left_out=left_out or {}, record=record)
+        settled = functools.partial(_settled, left_out=left_out or {}, record=record, guess=guess)
         found = settled(model, leaves, tracer or _BufferTracer)
         if found.stops and found.reads_buffers and tracer is None:
             second = settled(model, leaves, fx.Tracer)
             better = second.graph is not None and len(second.stops) < len(found.stops)
             if better or found.graph is None:
-                return second
-        return found
+                found = second
+        return found if guess is None else attrs.evolve(found, graph=None, fragment=found.seen)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
@@ -171,11 +173,12 @@ def _settled(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
+    guess: bool | None,
 ) -> Traced:
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
     while True:
-        found, changed = _traced(model, (*leaves, *changing), tracer, left_out, record)
+        found, changed = _traced(model, (*leaves, *changing), tracer, left_out, record, guess)
         if not changed:
             return attrs.evolve(found, stops=(*changing.values(), *found.stops))
         for name in changed:
@@ -184,7 +187,8 @@ def _settled(
             reason = f"its forward changes {name}, which a graph can't do for it"
             changing.setdefault(owner, Stop(owner, kind, "", reason, ""))
         if "" in changing:
-            return Traced(None, stops=(changing.pop(""), *changing.values()))
+            stops = changing.pop(""), *changing.values()
+            return attrs.evolve(found, graph=None, fragment=found.seen, stops=stops)
 
 
 def _owner(model: nn.Module, name: str, leaves: Container[str]) -> str:
@@ -209,10 +213,13 @@ def _traced(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
+    guess: bool | None,
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
     own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
+    if guess is not None:
+        answer_questions(own, guess)
     raised = tolerant(own, names)
     watched(own)
     watch = Watch(own, model, left_out)

@@ -164,7 +164,7 @@ def test_what_is_inside_of_an_alias_is_known_by_it() -> None:
     model = Forward(forward, alone=inner, block=nn.Sequential(conv(), nn.ReLU(), inner))
     model.other = model.block
     report = fxr.plan(model, "conv_bn")
-    assert report.why("block.2").startswith("block.2: missed by fold_conv_bn: it reads block.1")
+    assert "missed by fold_conv_bn: it reads block.1" in report.why("block.2")
     pairs = ("block.2", "alone"), ("block.2", "other.2"), ("block", "other"), ("block.0", "other.0")
     for one, other in pairs:
         assert report.why(one).partition(":")[2] == report.why(other).partition(":")[2]

@@ -105,6 +105,8 @@ def test_an_anchor_of_untraced_code_says_what_it_reads_there() -> None:
     assert "it reads act (ReLU), not a Conv1d, Conv2d or Conv3d" in report.why("bn")
     _, report = rewritten(model, 0, -X.abs())
     assert "it reads a value of code that can't be traced, not a Conv1d" in report.why("bn")
+    members = dict(model.named_children())
+    model = Forward(lambda m, x: m.bn(m.act(m.conv(x * int(x[0, 0, 0, 0])))), **members)
     assert "a run on example_inputs would show" in rewritten(model, 0)[1].why("bn")
 
 
@@ -185,10 +187,10 @@ class Deep(nn.Module):
         return self.inner(x) if x.sum() > 0 else self.block(x)
 
 
-def test_each_module_is_the_root_of_two_traces_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_module_is_the_root_of_few_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain of such modules takes traces in proportion to its length, not to its square.
 
-    The second one records the code by which values go.
+    Both answers to its question are traced, and once more for the code by which values go.
     """
     traces: Counter[int] = Counter()
     trace = fx.Tracer.trace
@@ -200,8 +202,8 @@ def test_each_module_is_the_root_of_two_traces_at_most(monkeypatch: pytest.Monke
     monkeypatch.setattr(fx.Tracer, "trace", counting)
     model = nets.randomise(Deep(10))
     rewritten(model, applied=12)
-    assert set(traces.values()) == {1, 2}
-    assert traces.total() <= 4 * 10 + 8
+    assert max(traces.values()) <= 5
+    assert traces.total() <= 11 * 10 + 10
 
 
 DETECTION = {
