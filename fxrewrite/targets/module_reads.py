@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -24,8 +25,9 @@ _OF_TENSORS = frozenset(
 
 @attrs.frozen
 class _Read:
-    """What a function does with `self`, or with what is reached from it by a path; or with another.
+    """What a function does with a module, or with what is reached from that by a path; or another.
 
+    The module is the function's parameter `root`: `self`, or one that it is given as an argument.
     `name` is an attribute that it reads or sets, or else a call that is given it: `of` has then the
     names of the types that `isinstance` asks for. A read `is_metadata` where it asks for the type,
     device or shape of a tensor alone.
@@ -38,6 +40,7 @@ class _Read:
     is_metadata: bool = False
     is_argument: bool = False
     of: frozenset[str] = frozenset()
+    root: str = ""
 
 
 def read_flaw(
@@ -58,12 +61,15 @@ def read_flaw(
     places = [(each, True) for each in passages]
     for owner in owners:
         kind: Any = type(owner)  # mypy takes the hash of a class for that of its instances
-        places += [(Passage(code, "self", None, owner), False) for code in _forward_codes(kind)]
+        codes = _forward_codes(kind)
+        places += [(Passage(e, _first_parameter(e), None, owner), False) for e in codes]
     for passage, of_any in places:
         source, _, _, scope = found(passage)
-        for read in _reads(scope) if source is not None and scope is not None else ():
-            is_asked = of_any or read.path is not None
-            if is_asked and read.node not in handed and _tells(read, passage.owner, module, new):
+        root = _first_parameter(passage.code)
+        for read in _reads(scope, root) if source is not None and scope is not None else ():
+            if read.node in handed or not (of_any or read.path is not None):
+                continue
+            if _tells(read, passage.owner, module, new, _variables(passage)):
                 assert source is not None
                 kind = type(module).__name__
                 return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
@@ -79,13 +85,33 @@ def _forward_codes(kind: Any) -> tuple[CodeType, ...]:
         if code is None or code in codes or is_passed_over(code):
             continue
         codes[code] = None
-        source, _, _, scope = found(Passage(code, "self", None))
+        source, _, _, scope = found(Passage(code, _first_parameter(code), None))
         if source is not None and scope is not None:
-            pending += [read.name for read in _reads(scope) if read.path == ()]
+            reads = _reads(scope, _first_parameter(code))
+            pending += [read.name for read in reads if read.path == ()]
     return tuple(codes)
 
 
-def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:
+def _first_parameter(code: CodeType) -> str:
+    """What a method calls its module."""
+    return code.co_varnames[0] if code.co_argcount else ""
+
+
+def _variables(passage: Passage) -> dict[str, Any]:
+    """The global variables of a method, as far as it is found by its owner."""
+    method = getattr(type(passage.owner), passage.code.co_name, None)
+    is_same = getattr(method, "__code__", None) is passage.code
+    return method.__globals__ if is_same and method is not None else {}
+
+
+def _tells(
+    read: _Read,
+    owner: Any,
+    module: nn.Module,
+    new: nn.Module,
+    variables: Mapping[str, Any],
+    inside: tuple[types.FunctionType, ...] = (),
+) -> bool:
     known = None if read.path is None else _at(owner, read.path)
     if read.is_argument and read.of:
         was, now = ({each.__name__ for each in type(m).__mro__} for m in (module, new))
@@ -95,7 +121,9 @@ def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:
     if known is not module:
         tensors = (*module._parameters, *module._buffers)
         return read.path is None and read.name in tensors and not read.is_metadata
-    if read.is_argument or read.is_set:
+    if read.is_argument:
+        return _is_seen_inside(read, module, new, variables, inside)
+    if read.is_set:
         return True
     before, after = getattr(module, read.name, None), getattr(new, read.name, None)
     if type(before) is not type(after):
@@ -103,29 +131,61 @@ def _tells(read: _Read, owner: Any, module: nn.Module, new: nn.Module) -> bool:
     return not (read.is_metadata if isinstance(before, torch.Tensor) else bool(before == after))
 
 
+def _is_seen_inside(
+    read: _Read,
+    module: nn.Module,
+    new: nn.Module,
+    variables: Mapping[str, Any],
+    inside: tuple[types.FunctionType, ...],
+) -> bool:
+    """Whether a function that is given the module may tell, by what it does with the parameter."""
+    call, name = read.node, read.name
+    function = variables.get(name) if isinstance(call, ast.Call) else None
+    if not isinstance(function, types.FunctionType) or function in inside:
+        return True
+    assert isinstance(call, ast.Call)
+    code, positional = function.__code__, call.args
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = dict(zip(names[: code.co_argcount], positional, strict=False))
+    given |= {each.arg: each.value for each in call.keywords if each.arg in names}
+    parameters = [key for key, value in given.items() if _path(value, read.root) == read.path]
+    _, _, _, scope = found(Passage(code, name, None))
+    if scope is None or not parameters or any(isinstance(e, ast.Starred) for e in positional):
+        return True
+    return any(
+        each.path is not None
+        and _tells(each, module, module, new, function.__globals__, (*inside, function))
+        for parameter in parameters
+        for each in _reads(scope, parameter, is_module=True)
+    )
+
+
 @functools.lru_cache(maxsize=1024)
-def _reads(scope: Scope) -> tuple[_Read, ...]:
-    return tuple(_all_reads(scope))
+def _reads(scope: Scope, root: str, is_module: bool = False) -> tuple[_Read, ...]:
+    return tuple(_all_reads(scope, root, is_module))
 
 
-def _all_reads(scope: Scope) -> Iterator[_Read]:
+def _all_reads(scope: Scope, root: str, is_module: bool) -> Iterator[_Read]:
     above = {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(scope):
         if isinstance(node, ast.Attribute):
             is_set = not isinstance(node.ctx, ast.Load)
             is_metadata = _is_metadata(node, above)
-            yield _Read(_path(node.value), node.attr, node, is_set, is_metadata)
+            yield _Read(_path(node.value, root), node.attr, node, is_set, is_metadata, root=root)
         elif isinstance(node, ast.Call) and last_name(node.func) not in _CONTAINERS:
             name = last_name(node.func)
             given = [*node.args, *(each.value for each in node.keywords)]
-            types = frozenset[str]()
+            of = frozenset[str]()
             if name in ("isinstance", "issubclass", "type"):
                 given, asked = given[:1], given[1:]
-                types = frozenset(last_name(e) for each in asked for e in ast.walk(each)) - {""}
+                of = frozenset(last_name(e) for each in asked for e in ast.walk(each)) - {""}
             for each in given:
-                path = _path(each.value if isinstance(each, ast.Starred) else each)
-                if path or types:
-                    yield _Read(path, name, node, is_argument=True, of=types)
+                path = _path(each.value if isinstance(each, ast.Starred) else each, root)
+                if path or of or (path is not None and is_module):
+                    yield _Read(path, name, node, is_argument=True, of=of, root=root)
+        elif is_module and isinstance(node, ast.Name) and node.id == root:
+            is_told = isinstance(above[node], ast.Attribute | ast.Call | ast.keyword)
+            yield from () if is_told else [_Read((), root, node, is_set=True, root=root)]
 
 
 def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
@@ -139,13 +199,13 @@ def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
     return isinstance(parent, ast.Attribute) and asks_metadata(parent.attr)
 
 
-def _path(node: ast.expr) -> tuple[str, ...] | None:
-    """The attributes by which something is reached from `self`, if it is."""
+def _path(node: ast.expr, root: str) -> tuple[str, ...] | None:
+    """The attributes by which something is reached from a variable, if it is."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else None
+    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == root else None
 
 
 def _at(owner: Any, path: Sequence[str]) -> Any:

@@ -269,6 +269,8 @@ LOOKED_AT = {
     "a convolution's padding": "x = x * self.conv.padding[0]\nreturn self.bn(self.conv(x))",
     "whether it is there": "return self.bn(self.conv(x)) if self.bn is not None else x",
     "its class": "return self.bn(self.conv(x)) if isinstance(self.conv, nn.Conv2d) else x",
+    "by a function that is given it": "return self.bn(self.conv(padded(x, self.conv)))",
+    "by one further in": "return self.bn(self.conv(handed(x, conv=self.conv)))",
 }
 CHANGED = {
     "a norm's epsilon": "return self.bn(self.conv(x)) + self.bn.eps",
@@ -284,11 +286,29 @@ CHANGED = {
         "return self.bn(self.conv(x))"
     ),
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
-    "given to a function": "return self.bn(self.conv(padded(x, self.conv)))",
+    "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
+    "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
+    "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
+    "a function that calls itself": "return self.bn(self.conv(again(x, self.conv)))",
+    "an unknown function": "return self.bn(self.conv(self.absent or [padded][0](x, self.conv)))",
     "the norm's class": "return self.bn(self.conv(x)) * isinstance(self.bn, nn.BatchNorm2d)",
     "the type of what goes": "return self.bn(self.conv(x.to(self.bn.weight.dtype)))",
 }
-PADDED = "def padded(x, conv):\n    return x * (1 + conv.stride[0])\n"
+PADDED = """
+def padded(x, conv):
+    return x * (1 + conv.stride[0])
+def handed(x, conv):
+    return padded(x, conv)
+def scaled(x, conv):
+    return x * conv.weight.mean()
+def kept(x, conv, known=[]):
+    known.append(conv)
+    return x
+def whatever(x, **given):
+    return x
+def again(x, conv):
+    return again(x, conv) if x is None else x
+"""
 
 
 @pytest.mark.parametrize("body", LOOKED_AT.values(), ids=list(LOOKED_AT))
