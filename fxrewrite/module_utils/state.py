@@ -106,6 +106,7 @@ class Snapshot:
         self._skipped = skipped
         self._parts: list[_Container | _Tensor] = []
         self._seen: dict[int, Any] = {}
+        self._of_modules: dict[int, slice] = {}
         pairs = ((type(each).__name__, each) for each in things)
         for name, each in things.items() if isinstance(things, Mapping) else pairs:
             self._visit((None, name), each)
@@ -132,7 +133,7 @@ class Snapshot:
                     self._visit(path, each)
 
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
-        state = module.__dict__
+        state, start = module.__dict__, len(self._parts)
         self._parts.append(part := _Module(path, module))
         for key in compress(_REGISTRIES, part.filled):
             if key in self._skipped:
@@ -144,6 +145,7 @@ class Snapshot:
                 continue
             if type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
                 self._visit((path, key), each)
+        self._of_modules[id(module)] = slice(start, len(self._parts))
 
     def __enter__(self) -> Snapshot:
         return self
@@ -161,6 +163,19 @@ class Snapshot:
         for part, name in _changes(self._parts, versions):
             return f"the tensor {name}" if isinstance(part, _Tensor) else name
         return None
+
+    def difference_in(self, module: nn.Module) -> str | None:
+        """As `difference`, of one of the modules, and those inside it."""
+        return next((name for _, name in _changes(self._inside(module))), None)
+
+    def restore_in(self, module: nn.Module) -> None:
+        """Put back what is different in one of the modules."""
+        for part, _name in _changes(self._inside(module)):
+            part.restore()
+
+    def _inside(self, module: nn.Module) -> Iterator[_Container | _Tensor]:
+        for each in module.modules() if module._modules else (module,):
+            yield from self._parts[self._of_modules.get(id(each), slice(0))]
 
     def restore(self) -> list[str]:
         """Put everything back as it was, and name what was changed, or at least written to."""

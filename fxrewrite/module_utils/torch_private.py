@@ -30,6 +30,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "TorchDispatchMode",
     "boolean_dispatched",
     "disable_current_modes",
     "lookup_backend",
@@ -46,6 +47,7 @@ NEEDED = {
     "torch._subclasses.fake_tensor.DataDependentOutputException": "what can't be run on them",
     "torch._subclasses.fake_tensor.DynamicOutputShapeException": "the same",
     "torch._subclasses.fake_tensor.UnsupportedFakeTensorException": "the same",
+    "torch.utils._python_dispatch.TorchDispatchMode": "what is computed while a model is traced",
     "torch.nn.Module._parameters": "a module's own tensors",
     "torch.nn.Module._buffers": "the same",
     "torch.nn.Module._modules": "the modules in it",
@@ -105,6 +107,7 @@ with _needed():
         UnsupportedFakeTensorException,
     )
     from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     _module = nn.Module()
     for _name in (each for each in NEEDED if each.startswith("torch.nn.Module.")):

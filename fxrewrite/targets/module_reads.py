@@ -67,7 +67,7 @@ def read_flaw(
         source, _, _, scope = found(passage)
         root = _first_parameter(passage.code)
         for read in _reads(scope, root) if source is not None and scope is not None else ():
-            if read.node in handed or not (of_any or read.path is not None):
+            if read.node in handed or not (of_any or read.is_set or read.path is not None):
                 continue
             if _tells(read, passage.owner, module, new, _variables(passage)):
                 assert source is not None
@@ -116,11 +116,16 @@ def _tells(
     if read.is_argument and read.of:
         was, now = ({each.__name__ for each in type(m).__mro__} for m in (module, new))
         return (known is module or read.path is None) and not read.of.isdisjoint(was - now)
+    sets_mode = read.name in ("train", "eval") or (read.name == "training" and read.is_set)
+    if sets_mode and isinstance(known, nn.Module) and not read.is_argument:
+        return any(each is module for each in known.modules())
     if read.name in _OF_TENSORS and isinstance(known, nn.Module) and known is not module:
         return not read.is_metadata and any(each is module for each in known.modules())
     if known is not module:
+        if known is None and read.is_set:
+            return read.name in module.__dict__
         tensors = (*module._parameters, *module._buffers)
-        return read.path is None and read.name in tensors and not read.is_metadata
+        return known is None and read.name in tensors and not read.is_metadata
     if read.is_argument:
         return _is_seen_inside(read, module, new, variables, inside)
     if read.is_set:
@@ -202,8 +207,13 @@ def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
 def _path(node: ast.expr, root: str) -> tuple[str, ...] | None:
     """The attributes by which something is reached from a variable, if it is."""
     names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
+    while True:
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            names.append(str(node.slice.value))
+        else:
+            break
         node = node.value
     return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == root else None
 

@@ -170,7 +170,9 @@ class ModuleTreeTarget(GraphTarget):
         stays = [link.node for link in site.links if link not in gone]
         late = any(link.node < node for link in gone for node in stays)
         becomes = {link: new.get(link) or nn.Identity() for link in changed if not _stays(link)}
-        reason = self._unproved(path, becomes, late)
+        # What is idle stays so only where nobody sets its mode.
+        idle = {link: self._original(link) for link in changed if _stays(link)}
+        reason = self._unproved(path, {**becomes, **idle}, late)
         if reason is not None:
             if self._trusts is None or not all(self._trusts.shown(each, ()) for each in chain):
                 return reason

@@ -37,8 +37,8 @@ class Assumption:
         """What to tell somebody who asked for one graph of a model of this kind."""
         keep = f"keep that module as one node by Rewriter(rules, leaf_modules=[{self.name!r}]), "
         return (
-            f"{kind} can't be one graph since {self.kind} asks, at\n  {self.line}\n"
-            f"what only a real run can answer: {self.reason}.\n"
+            f"{kind} can't be one graph because of {self.kind}, at\n  {self.line}\n"
+            f"of which a graph can't make sure: {self.reason}.\n"
             f"Leave out into='graph' to keep the forward as it is; or else "
             f"{keep if self.name else ''}give Rewriter a tracer= or pass your own GraphModule."
         )

@@ -106,3 +106,16 @@ class Mode(Expectation):
         """Raise SpecialisedError where the mode has changed."""
         if self.training != self.expected:
             raise SpecialisedError(self.message)
+
+
+class GradMode(Expectation):
+    """Expects gradients to be enabled, or disabled. Its argument is not looked at, as in `Mode`."""
+
+    def __init__(self, message: str, enabled: bool) -> None:
+        super().__init__(message)
+        self.expected = enabled
+
+    def forward(self, value: Any) -> None:
+        """Raise SpecialisedError where it is otherwise."""
+        if torch.is_grad_enabled() != self.expected:
+            raise SpecialisedError(self.message)

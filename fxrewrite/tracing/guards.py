@@ -17,11 +17,22 @@ from ..module_utils.names import fresh_name
 from .assumptions import Assumption, message
 from .forward_code import is_of_a_forward, line_of
 from .frames import Frames
-from .guard_modules import Equal, Expectation, LeftOut, Mode, NotNone, NotSame, OfType
+from .guard_modules import (
+    Equal,
+    Expectation,
+    GradMode,
+    LeftOut,
+    Mode,
+    NotNone,
+    NotSame,
+    OfType,
+)
 from .operands import Unclear, evaluate, holds_proxy, lookup, spelt
 from .proxies import Proxy
 from .questions import Question
 from .value_kinds import Kinds
+
+_ABSENT = object()
 
 
 class Watch:
@@ -39,6 +50,7 @@ class Watch:
         self._kinds = Kinds(model)
         self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
         self._asking: tuple[FrameType, int] | None = None
+        self._globals: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
         self._arguments = tracer.create_args_for_root
         tracer.create_args_for_root = self._at_default  # type: ignore[method-assign, assignment]
         self._frames = Frames(tracer, self._on_question)
@@ -55,6 +67,11 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._frames.__exit__()
+        for (_where, name), (where, value) in self._globals.items():
+            if value is _ABSENT:
+                where.pop(name, None)
+            else:
+                where[name] = value
         self._asking = None
         del self._tracer.watch  # type: ignore[attr-defined]
 
@@ -111,6 +128,9 @@ class Watch:
 
     def _on_question(self, frame: FrameType, question: Question) -> None:
         self._asking = (frame, frame.f_lasti)
+        if question.kind in ("torch", "global"):
+            self._decide_outside(frame, question)
+            return
         named = [lookup(frame, name) for name in question.names]
         if question.kind != "training" and not any(map(holds_proxy, named)):
             return
@@ -135,13 +155,31 @@ class Watch:
                 raise Unclear
             self._decide_type(values[0], values[1], texts, line)
 
+    def _decide_outside(self, frame: FrameType, question: Question) -> None:
+        """Note what a forward asks of torch, or sets, that no value of the graph shows."""
+        assert question.operands is not None
+        name, line = str(question.operands[0][0].value), line_of(frame)
+        if question.kind == "global":
+            where = frame.f_globals
+            self._globals.setdefault((id(where), name), (where, where.get(name, _ABSENT)))
+            self._add(line, f"it sets the global variable {name}")
+        elif name == "is_grad_enabled":
+            enabled = torch.is_grad_enabled()
+            reason = f"gradients are {'enabled' if enabled else 'disabled'}"
+            self._add(line, reason, lambda text: GradMode(text, enabled), self._first_input())
+        else:
+            self._add(line, f"it asks for {name}() of torch")
+
+    def _first_input(self) -> tuple[Any, ...]:
+        first = next(iter(self._tracer.graph.nodes), None)
+        is_given = first is not None and first.op == "placeholder"
+        return (self._tracer.proxy(first) if first is not None and is_given else None,)
+
     def _decide_mode(self, module: Any, line: str) -> None:
         if id(module) in self._ids:
-            mode, first = module.training, next(iter(self._tracer.graph.nodes), None)
-            is_given = first is not None and first.op == "placeholder"
-            value = self._tracer.proxy(first) if first is not None and is_given else None
+            mode = module.training
             reason = f"it is in {'training' if mode else 'eval'} mode"
-            self._add(line, reason, lambda text: Mode(text, mode), (value,))
+            self._add(line, reason, lambda text: Mode(text, mode), self._first_input())
         elif isinstance(module, fx.Proxy):
             raise Unclear
 

@@ -22,6 +22,13 @@ _LOADS = (
     "LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW LOAD_DEREF LOAD_CLASSDEREF LOAD_NAME LOAD_GLOBAL "
     "LOAD_FROM_DICT_OR_DEREF"
 ).split()
+# Functions of torch that tell under which state it computes, and what loads a function.
+_OF_TORCH = frozenset(
+    "is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled "
+    "get_autocast_dtype get_autocast_gpu_dtype get_default_dtype get_default_device "
+    "are_deterministic_algorithms_enabled".split()
+)
+_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
 # What newer Pythons make of two instructions.
 _PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
@@ -55,8 +62,9 @@ class Instruction:
 class Question:
     """One place where a function asks what a value is.
 
-    `kind` is "is", "match", "training" (it reads an attribute of that name) or the name of the
-    function that asks. `operands` are the instructions that make each operand, or None where they
+    `kind` is "is", "match", "training" (it reads an attribute of that name), "torch" (it asks for a
+    state of torch), "global" (it sets a global variable) or the name of the function that asks.
+    `operands` are the instructions that make each operand, or None where they
     can't be told apart; `names` are the variables that are read for it, and
     `line` is the number of the line.
     """
@@ -101,6 +109,10 @@ def _question(code: Sequence[Instruction], at: int) -> Question | None:
         return attrs.evolve(question, operands=question.operands and (*question.operands, none))
     if each.name == "LOAD_ATTR" and each.value == "training":
         return _about("training", code, at, 1)
+    if each.value in _OF_TORCH and each.name.startswith(_READS):
+        return Question("torch", ((each,),), frozenset())
+    if each.name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        return Question("global", ((each,),), frozenset())
     if each.name in _MATCHING:
         return Question("match", None, _names(code[:at]))
     return None

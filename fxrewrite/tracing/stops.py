@@ -9,10 +9,10 @@ from types import FrameType
 from typing import Any
 
 import attrs
+import torch
 from torch import fx, nn
 
-from .thread_guard import AmbientStateError
-
+_TORCHS_OWN = f"{Path(torch.__file__).parent}/_"
 _BRANCHES = "cannot be used as inputs to control flow"
 _PLAIN_WORDS = {
     _BRANCHES: "it branches on a value that only a real run has",
@@ -22,6 +22,14 @@ _PLAIN_WORDS = {
     "argument must be a string": "it makes a number of a value that only a real run has",
     "is not a member": "it uses a parameter that belongs to no module of the model",
 }
+
+
+class NotInGraphError(Exception):
+    """A forward does, or goes by, what a graph would not have; where, if no frame tells."""
+
+    def __init__(self, reason: str, line: str = "") -> None:
+        super().__init__(reason)
+        self.line = line
 
 
 @attrs.frozen
@@ -93,8 +101,8 @@ def stop(model: nn.Module, name: str, error: Exception) -> Stop:
         line = f"{at.filename}:{at.lineno}: {at.line}"
     reason = next((words for part, words in _PLAIN_WORDS.items() if part in str(error)), None)
     said = f"{type(error).__name__}: {error}"
-    if isinstance(error, AmbientStateError):
-        reason, said = str(error), ""
+    if isinstance(error, NotInGraphError):
+        reason, said, line = str(error), "", error.line or line
     reason = reason or "the forward raised there"
     return Stop(name, type(module).__name__, line, reason, said, error=error)
 
@@ -105,5 +113,5 @@ def _user_frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
     for frame, lineno in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
         ours = own in path.parents or path == Path(nn.modules.module.__file__)
-        if not ours and fx_folder not in path.parents:
+        if not ours and fx_folder not in path.parents and not str(path).startswith(_TORCHS_OWN):
             yield frame, lineno

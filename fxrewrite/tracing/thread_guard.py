@@ -9,10 +9,7 @@ import torch
 from torch import fx
 
 from .containers import keep_types
-
-
-class AmbientStateError(Exception):
-    """A forward computes under a state of torch that was not there when tracing began."""
+from .stops import NotInGraphError
 
 
 def watched(tracer: fx.Tracer) -> fx.Tracer:
@@ -40,7 +37,7 @@ def watched(tracer: fx.Tracer) -> fx.Tracer:
         if (inside := _ambient_state()) != outside:
             changed = zip(_ambient_names(), inside, outside, strict=True)
             state, value = next((name, now) for name, now, before in changed if now != before)
-            raise AmbientStateError(
+            raise NotInGraphError(
                 f"the forward computes here under {state} = {value}, which a graph does not record"
             )
         return create_node(*args, **kwargs)

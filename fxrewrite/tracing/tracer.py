@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import attrs
@@ -14,7 +16,7 @@ from torch import fx, nn
 
 from ..errors import TraceError
 from ..module_utils.hooks import has_hooks
-from ..module_utils.names import parent_name
+from ..module_utils.names import fresh_name, parent_name
 from ..module_utils.state import Snapshot
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
@@ -22,13 +24,35 @@ from .error_recovery import answer_questions, tolerant
 from .guards import Watch
 from .passages import Passages, Recorder
 from .proxies import Proxy
+from .real_effects import ChangedError, Draws, Generators, NoDraws, check_calls
 from .stops import Stop, stop
 from .thread_guard import watched
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 
-# While FX traces, it patches nn.Module for all threads.
-_tracing = threading.RLock()
+
+class _Alone:
+    """Keeps other threads from tracing: while FX traces, it patches nn.Module for all of them."""
+
+    _lock = threading.Lock()
+    _thread: int | None = None
+    is_held = False
+
+    def __enter__(self) -> None:
+        while _Alone._thread != threading.get_ident():
+            self.is_held = self._lock.acquire(timeout=1)
+            if self.is_held:
+                _Alone._thread = threading.get_ident()
+            else:  # Ctrl-C may have come just before another block was left, which is then garbage
+                gc.collect()
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_held:
+            _Alone._thread = None
+            self.is_held = bool(self._lock.release())  # type: ignore[func-returns-value]
+
+    def __del__(self) -> None:
+        self.__exit__()
 
 
 @attrs.frozen(eq=False)
@@ -133,7 +157,7 @@ def attempt(
     for each in leaves:
         if isinstance(each, str):
             model.get_submodule(each)
-    with _tracing:
+    with _Alone():
         # Reads of buffers are recorded, so that writes to them are not carried out in tracing.
         # A model that needs a buffer's value then does not trace, and gets a second try without.
         settled = functools.partial(_settled, left_out=left_out or {}, record=record, guess=guess)
@@ -214,38 +238,51 @@ def _traced(
     left_out: Mapping[str, str],
     record: bool,
     guess: bool | None,
+    *,
+    precisely: bool = False,
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
     own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
     if guess is not None:
         answer_questions(own, guess)
+    found_draws = Draws(own) if precisely else None
     raised = tolerant(own, names)
+    # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
+    skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
+    before, generators = Snapshot({"": model}, skipped=skipped), Generators()
+    check_calls(own, before, of_all=precisely)
     watched(own)
     watch = Watch(own, model, left_out)
     recorder = Recorder(own) if record else None
-    # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
-    skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
-    before = Snapshot({"": model}, skipped=skipped)
     known, graph, fragment = set(model.__dict__), None, None
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         try:
-            with watch:
+            with watch, NoDraws(), found_draws or nullcontext():  # type: ignore[no-untyped-call]
                 graph = own.trace(model)
         except Exception as error:
             raised[""] = error
             fragment = getattr(own, "graph", None)
+        if (drawn := generators.difference()) is not None:
+            generators.restore()
+            if found_draws is not None:
+                raised.setdefault("", found_draws.error(drawn))
+            graph, fragment = None, graph or fragment
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
         constants = {name: each for name, each in found.items() if name.startswith(FX_CONSTANTS)}
         for name in constants:
             del model.__dict__[name]
         changed = before.restore()
+    is_unclear = drawn is not None or any(isinstance(e, ChangedError) for e in raised.values())
+    if is_unclear and not precisely:  # by which forward is worth a pass of its own
+        return _traced(model, leaves, tracer, left_out, record, guess, precisely=True)
     stops = tuple(stop(model, name, error) for name, error in raised.items())
     if graph is not None:
         for node in (*graph.find_nodes(op="placeholder"), graph.output_node()):
             if isinstance(node.type, str):  # an annotation not evaluated, unknown to torch.jit
                 node.type = None
+        _tell_arguments_apart(graph)
     reads_buffers = getattr(own, "reads_buffers", False)
     found_graph = graph if graph is not None else fragment
     assumptions = watch.assumptions(found_graph, raised) if found_graph is not None else ()
@@ -256,6 +293,19 @@ def _traced(
         Traced(graph, constants, stops, reads_buffers, assumptions, fragment, passages),
         changed,
     )
+
+
+def _tell_arguments_apart(graph: fx.Graph) -> None:
+    """Rename the value of an argument where another argument, such as `b` beside `B`, is called so.
+
+    The code of a graph would lose that one.
+    """
+    arguments = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    taken = {*arguments, *(node.name for node in graph.nodes)}
+    for node in arguments.values():
+        if arguments.get(node.name, node) is not node:
+            node.name = fresh_name(node.name, taken)
+            taken.add(node.name)
 
 
 def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
