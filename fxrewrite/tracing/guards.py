@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -160,6 +161,8 @@ class Watch:
         assert question.operands is not None
         name, line = str(question.operands[0][0].value), line_of(frame)
         if question.kind == "global":
+            if _is_of_a_collection(frame):
+                return
             where = frame.f_globals
             self._globals.setdefault((id(where), name), (where, where.get(name, _ABSENT)))
             self._add(line, f"it sets the global variable {name}")
@@ -246,6 +249,14 @@ class Watch:
             node = self._tracer.create_proxy("call_module", check, given, {}).node
         assumption = Assumption(name, kind, line, reason, argument, check, is_mode)
         self._found[key] = assumption, node
+
+
+def _is_of_a_collection(frame: FrameType | None) -> bool:
+    """Whether Python collects garbage, and calls what wants to know of that."""
+    codes = {getattr(each, "__code__", None) for each in gc.callbacks}
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_below(name: str, others: Container[str]) -> bool:

@@ -7,7 +7,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import attrs
@@ -256,9 +256,14 @@ def _traced(
     watch = Watch(own, model, left_out)
     recorder = Recorder(own) if record else None
     known, graph, fragment = set(model.__dict__), None, None
-    with before, before:  # Ctrl-C may come while the inner one is putting things back
+    around = ExitStack()
+    # Ctrl-C may come while the inner one of two is putting things back, or before it does.
+    with before, before:
         try:
-            with watch, NoDraws(), found_draws or nullcontext():  # type: ignore[no-untyped-call]
+            with around, around:
+                for each in (watch, NoDraws(), found_draws):  # type: ignore[no-untyped-call]
+                    if each is not None:
+                        around.enter_context(each)
                 graph = own.trace(model)
         except Exception as error:
             raised[""] = error
