@@ -39,6 +39,7 @@ def line_of(way: Passage, *, giving: bool = False) -> str:
     return source.line(node) if source is not None and isinstance(node, ast.expr) else ""
 
 
+@functools.lru_cache(maxsize=4096)
 def found(
     way: Passage,
 ) -> tuple[Source | None, ast.expr | str | None, ast.expr | None, Scope | None]:

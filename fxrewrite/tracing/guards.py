@@ -129,7 +129,7 @@ class Watch:
 
     def _on_question(self, frame: FrameType, question: Question) -> None:
         self._asking = (frame, frame.f_lasti)
-        if question.kind in ("torch", "global"):
+        if question.kind in ("torch", "global", "try"):
             self._decide_outside(frame, question)
             return
         named = [lookup(frame, name) for name in question.names]
@@ -158,8 +158,11 @@ class Watch:
 
     def _decide_outside(self, frame: FrameType, question: Question) -> None:
         """Note what a forward asks of torch, or sets, that no value of the graph shows."""
-        assert question.operands is not None
-        name, line = str(question.operands[0][0].value), line_of(frame)
+        line = line_of(frame)
+        if question.operands is None:
+            self._add(line, "it catches what is raised there, which a graph does not")
+            return
+        name = str(question.operands[0][0].value)
         if question.kind == "global":
             if _is_of_a_collection(frame):
                 return

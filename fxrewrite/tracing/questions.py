@@ -63,7 +63,8 @@ class Question:
     """One place where a function asks what a value is.
 
     `kind` is "is", "match", "training" (it reads an attribute of that name), "torch" (it asks for a
-    state of torch), "global" (it sets a global variable) or the name of the function that asks.
+    state of torch), "global" (it sets a global variable), "try" (a block begins of which it catches
+    what that raises) or the name of the function that asks.
     `operands` are the instructions that make each operand, or None where they
     can't be told apart; `names` are the variables that are read for it, and
     `line` is the number of the line.
@@ -96,7 +97,24 @@ def questions(code: CodeType) -> dict[int, Question]:
             while at and instructions[at - 1].name == "EXTENDED_ARG":
                 at -= 1  # which is where Python says that it is
                 found[instructions[at].offset] = question
+    for offset in _tries(code, instructions):
+        found.setdefault(offset, Question("try", None, frozenset(), lines[offset]))
     return found
+
+
+def _tries(code: CodeType, instructions: Sequence[Instruction]) -> Iterator[int]:
+    """Where the blocks begin of which the function catches what they raise."""
+    catching, handler = set[int](), 0
+    for each in instructions:
+        if each.name == "PUSH_EXC_INFO":
+            handler = each.offset
+        elif each.name == "CHECK_EXC_MATCH":
+            catching.add(handler)
+    # Python 3.10 says where a block begins, and has no table of handlers.
+    yield from (each.offset for each in instructions if each.name == "SETUP_FINALLY")
+    if catching:
+        entries: Any = getattr(dis.Bytecode(code), "exception_entries", ())
+        yield from (each.start for each in entries if each.target in catching)
 
 
 def _question(code: Sequence[Instruction], at: int) -> Question | None:

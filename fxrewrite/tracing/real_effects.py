@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from types import FrameType
@@ -87,6 +88,8 @@ def check_calls(tracer: fx.Tracer, before: Snapshot, *, of_all: bool) -> None:
             before.restore_in(module)  # as the forward does not get to do any more
             name = tracer.path_of_module(module)
             raise ChangedError(f"it calls {name} after it has changed {changed}")
+        if kwargs or len(args) != 1:  # what it can't be called with raises here as it does later
+            inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         return call_module(module, forward, args, kwargs)
 
     def is_leaf(module: nn.Module) -> bool:
