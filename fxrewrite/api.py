@@ -235,8 +235,8 @@ def rewrite(
             feed each other forever. The model is as it was.
         UnknownRuleSetError: no rule set has the given name.
         ExpectationError: `expect` does not hold.
-        InputError: the model does not take the inputs that it should be verified on, or a run is
-            to be trusted and there are no example inputs.
+        InputError: the model does not take the example inputs, or those that it should be verified
+            on; or a run is to be trusted and there are no example inputs.
         VerificationError: the result differs from the model; the error names rules and sites.
     """
     return Rewriter(rules, into=into, trust=trust).rewrite(

@@ -29,7 +29,8 @@ class Report:
     nothing, and might have; `unreached` says of modules why no call of them was looked at. `into`
     is "graph" or "modules", what the result is; `stops` has each module that could not be traced,
     and why. `assumptions` has what a forward asks that a graph answers once: a graph checks it, and
-    a module tree need not. `parameter_names` has for each key of the model's state dict what became
+    a module tree need not. `unknown_shapes` is why example inputs did not show the shapes of all
+    values. `parameter_names` has for each key of the model's state dict what became
     of it.
 
     >>> import fxrewrite as fxr
@@ -53,6 +54,7 @@ class Report:
     stops: tuple[Stop, ...] = ()
     parameter_names: Mapping[str, TensorFate] = attrs.field(factory=dict, repr=False)
     assumptions: tuple[Assumption, ...] = ()
+    unknown_shapes: str | None = None
 
     @property
     def applied(self) -> tuple[Finding, ...]:
@@ -160,6 +162,7 @@ class Report:
             "stops": [each.to_dict() for each in self.stops],
             "assumptions": [each.to_dict() for each in self.assumptions],
             "parameter_names": {k: str(each) for k, each in self.parameter_names.items()},
+            "unknown_shapes": self.unknown_shapes,
             "findings": [finding.to_dict() for finding in self.findings],
         }
         return json.dumps(data, indent=2)
@@ -183,6 +186,8 @@ class Report:
         else:
             lines += _listing("asked for, so that the rules went into the module tree", asked)
         lines += self._assured()
+        if self.unknown_shapes is not None:
+            lines += ["", f"the shapes of some values are not known: {self.unknown_shapes}"]
         noted = [f for f in self.applied if f.notes]
         lines += _listing("noted", [(f.anchor, "; ".join(f.notes)) for f in noted])
         lines += _listing("refused", [(f.anchor, f.reason) for f in self.refused])

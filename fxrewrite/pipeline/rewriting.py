@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,12 +12,13 @@ from torch.export import ExportedProgram
 
 from ..engine.report import Finding
 from ..engine.target import Target
-from ..errors import FxRewriteError, InputError
+from ..errors import InputError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
+from ..module_utils.running import arguments_of, run_original
 from ..rules.registry import Rules, RuleSet, resolve
 from ..rules.rule import Rule
-from ..targets.evidence import Evidence
+from ..targets.evidence import Evidence, in_order
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
@@ -118,7 +118,7 @@ def rewrite(
                 break
         apart |= found
     report = done.report(model, made, job.into)
-    report = attrs.evolve(report, assumptions=job.assumptions)
+    report = attrs.evolve(report, assumptions=job.assumptions, unknown_shapes=job.unknown_shapes)
     return Rewritten(model, example_inputs, options, made, report, done.sites)
 
 
@@ -150,6 +150,7 @@ class _Job:
     stops: Sequence[Stop] = ()
     assumptions: tuple[Assumption, ...] = ()
     conflicts: Callable[[], set[int]] = set
+    unknown_shapes: str | None = None
 
 
 def _trace(model: nn.Module, options: Options, has_inputs: bool) -> _Traced:
@@ -189,10 +190,17 @@ def _for_program(program: ExportedProgram, options: Options) -> _Job:
 
 def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
     modules = traced.modules
-    (view,) = _views(traced, modules, example_inputs)
+    (view,), unknown = _views(traced, modules, example_inputs)
+    if unknown is not None:  # it may be the model itself that takes no such inputs
+        run_original(traced.model, example_inputs)
     targets = {view: GraphTarget(view)}
     return _Job(
-        "graph", targets, modules, lambda: graph_module(view), assumptions=traced.assumptions
+        "graph",
+        targets,
+        modules,
+        lambda: graph_module(view),
+        assumptions=traced.assumptions,
+        unknown_shapes=unknown,
     )
 
 
@@ -200,7 +208,7 @@ def _for_modules(
     traced: _Traced, example_inputs: Any, apart: Collection[int], trust: Trust | None
 ) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
-    views = _views(traced, modules, example_inputs)
+    views, unknown = _views(traced, modules, example_inputs)
     evidence = None
     if example_inputs is not None:
         evidence = Evidence(model, example_inputs, parts.keeps_whole, parts.inner)
@@ -247,32 +255,41 @@ def _for_modules(
         stops,
         traced.assumptions,
         lambda: {key for target in targets.values() for key in target.conflicts()},
+        unknown,
     )
 
 
-def _views(traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any) -> list[GraphView]:
-    """The graphs of all parts as the engine edits them, with shapes where inputs show them."""
+def _views(
+    traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any
+) -> tuple[list[GraphView], str | None]:
+    """The graphs of all parts as the engine edits them, with shapes where inputs show them.
+
+    And why some shapes are not known.
+    """
     views = [
         GraphView(traced.model, part.graph, part.constants, modules, part.name)
         for part in traced.parts.parts
     ]
+    unknown = None
     if example_inputs is not None and traced.is_whole:
-        is_many = isinstance(example_inputs, tuple | list)
-        _record_shapes(views[0], tuple(example_inputs) if is_many else (example_inputs,))
-    return views
+        given = in_order(*arguments_of(example_inputs), _names_of_inputs(views[0]))
+        unknown = _record_shapes(views[0], given)
+    return views, unknown
 
 
 def _record_shapes_of_parts(views: Sequence[GraphView], evidence: Evidence) -> None:
     """Record the shapes of values in parts, as far as a run showed what the parts are given."""
     for view in views:
-        names = [str(node.target) for node in view.graph.find_nodes(op="placeholder")]
-        given = evidence.inputs(view.part, names) if view.part else None
+        given = evidence.inputs(view.part, _names_of_inputs(view)) if view.part else None
         if given is not None:
-            with contextlib.suppress(FxRewriteError):  # what a fake tensor can't do, a part may
-                _record_shapes(view, given)
+            _record_shapes(view, given)
 
 
-def _record_shapes(view: GraphView, inputs: tuple[Any, ...]) -> None:
+def _names_of_inputs(view: GraphView) -> list[str]:
+    return [str(node.target) for node in view.graph.find_nodes(op="placeholder")]
+
+
+def _record_shapes(view: GraphView, inputs: tuple[Any, ...]) -> str | None:
     from ..ir.shape_inference import record_shapes  # with sympy, which takes long to import
 
-    record_shapes(graph_module(view), inputs)
+    return record_shapes(graph_module(view), inputs)

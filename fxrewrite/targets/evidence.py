@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..engine.bindings import Shown
-from ..errors import FxRewriteError
+from ..errors import InputError
 from ..ir.op_traits import ATTRIBUTES, traits_of_method
 from ..module_utils.running import run
 from ..module_utils.torch_private import pytree
@@ -60,7 +60,7 @@ class Evidence:
         parts: the qualified names of modules whose inputs are asked for.
 
     Raises:
-        FxRewriteError: the model can't be called with such inputs.
+        InputError: the model can't be called with such inputs.
         NotCopiedError: the model can't be copied.
     """
 
@@ -93,8 +93,8 @@ class Evidence:
             with _Readers(self._on_read):
                 done = run(probe, example_inputs)
         except Exception as error:
-            said = str(error).partition("\n")[0]
-            raise FxRewriteError(
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InputError(
                 f"the model can't be called with these example_inputs: {said}"
             ) from error
         self._on_read("the caller", pytree.tree_leaves(done.output))
@@ -152,7 +152,7 @@ class Evidence:
             part: the qualified name.
             names: its parameters.
         """
-        found = [_in_order(args, kwargs, names) for args, kwargs in self._given.get(part, ())]
+        found = [in_order(args, kwargs, names) for args, kwargs in self._given.get(part, ())]
         if not found or any(_kinds(each) != _kinds(found[0]) for each in found):
             return None
         return found[0]
@@ -338,9 +338,10 @@ def _outline(value: Any) -> Any:
     return value
 
 
-def _in_order(
+def in_order(
     args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
 ) -> tuple[Any, ...]:
+    """Arguments by position, as far as those by name follow the others."""
     rest = itertools.takewhile(lambda name: name in kwargs, names[len(args) :])
     return (*args, *(kwargs[name] for name in rest))
 
