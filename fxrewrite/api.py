@@ -214,10 +214,13 @@ def rewrite(
             the result. A GraphModule's graph is taken as it is, and so is that of a program of
             `torch.export`, which gives a program again; anything else is traced.
         rules: as in `Rewriter`, which has further options.
-        example_inputs: what the model is called with, a tensor or a tuple of arguments. Rules that
-            need shapes or dtypes learn them from it. For a graph nothing is computed. For a module
-            tree a copy of the model runs on them once, hooks and all, as a check on what its code
-            says; of parts that are called with other shapes each time, none is learnt.
+        example_inputs: what the model is called with, a tensor, a tuple of arguments, or a mapping
+            of those by name. Rules that need shapes or dtypes learn them from it, as far as they
+            can be found. Into a graph, optional arguments that are given are traced as given; and
+            nothing is computed, but where shapes can't be found, to see whether the model takes the
+            inputs. For a module tree a copy of the model runs on them once, hooks and all, as a
+            check on what its code says; of parts that are called with other shapes each time, none
+            is learnt.
         into: "graph" or "modules", as in `Rewriter`.
         trust: None or "run", as in `Rewriter`.
         expect: how often rules or rule sets, by name, must apply.

@@ -64,12 +64,12 @@ class Stamp:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
-            for part, _name in _changes(self._parts):
+            for part, _name in changes(self._parts):
                 part.restore()
 
     def difference(self) -> str | None:
         """The first thing that has changed since, in words, or None."""
-        for _part, name in _changes(self._parts):
+        for _part, name in changes(self._parts):
             return name
         for name, tensor, version in self._versions:
             if version_of(tensor) != version:
@@ -106,7 +106,6 @@ class Snapshot:
         self._skipped = skipped
         self._parts: list[_Container | _Tensor] = []
         self._seen: dict[int, Any] = {}
-        self._of_modules: dict[int, slice] = {}
         pairs = ((type(each).__name__, each) for each in things)
         for name, each in things.items() if isinstance(things, Mapping) else pairs:
             self._visit((None, name), each)
@@ -133,7 +132,7 @@ class Snapshot:
                     self._visit(path, each)
 
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
-        state, start = module.__dict__, len(self._parts)
+        state = module.__dict__
         self._parts.append(part := _Module(path, module))
         for key in compress(_REGISTRIES, part.filled):
             if key in self._skipped:
@@ -145,7 +144,6 @@ class Snapshot:
                 continue
             if type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
                 self._visit((path, key), each)
-        self._of_modules[id(module)] = slice(start, len(self._parts))
 
     def __enter__(self) -> Snapshot:
         return self
@@ -160,33 +158,20 @@ class Snapshot:
         Args:
             versions: whether a tensor that was written to, and holds what it held, has changed.
         """
-        for part, name in _changes(self._parts, versions):
+        for part, name in changes(self._parts, versions):
             return f"the tensor {name}" if isinstance(part, _Tensor) else name
         return None
-
-    def difference_in(self, module: nn.Module) -> str | None:
-        """As `difference`, of one of the modules, and those inside it."""
-        return next((name for _, name in _changes(self._inside(module))), None)
-
-    def restore_in(self, module: nn.Module) -> None:
-        """Put back what is different in one of the modules."""
-        for part, _name in _changes(self._inside(module)):
-            part.restore()
-
-    def _inside(self, module: nn.Module) -> Iterator[_Container | _Tensor]:
-        for each in module.modules() if module._modules else (module,):
-            yield from self._parts[self._of_modules.get(id(each), slice(0))]
 
     def restore(self) -> list[str]:
         """Put everything back as it was, and name what was changed, or at least written to."""
         found = []
-        for part, name in _changes(self._parts):
+        for part, name in changes(self._parts):
             found.append(name)
             part.restore()
         return found
 
 
-def _changes(parts: Iterable[_Part], versions: bool = True) -> Iterator[tuple[_Part, str]]:
+def changes(parts: Iterable[_Part], versions: bool = True) -> Iterator[tuple[_Part, str]]:
     """The parts that have changed, and what has changed of each, by name."""
     for part in parts:
         if (key := part.change(versions)) is not None:

@@ -100,10 +100,11 @@ def rewrite(
         raise InputError(
             "trust='run' trusts a run on example_inputs, and there are none; give them"
         )
-    has_inputs = example_inputs is not None
     apart: set[int] = set()
     while True:
-        traced = model if isinstance(model, ExportedProgram) else _trace(model, options, has_inputs)
+        traced = (
+            model if isinstance(model, ExportedProgram) else _trace(model, options, example_inputs)
+        )
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(traced, ExportedProgram):
@@ -153,7 +154,7 @@ class _Job:
     unknown_shapes: str | None = None
 
 
-def _trace(model: nn.Module, options: Options, has_inputs: bool) -> _Traced:
+def _trace(model: nn.Module, options: Options, example_inputs: Any) -> _Traced:
     """Trace a model, and decide where its rewrite goes.
 
     Raises:
@@ -161,8 +162,10 @@ def _trace(model: nn.Module, options: Options, has_inputs: bool) -> _Traced:
     """
     rules = rules_of(options.rules)
     leaves = (*leaf_types(rules), *options.leaf_modules)
-    start = attempt_as_graph if options.into == "graph" else attempt
-    whole = start(model, leaves, options.tracer)
+    if options.into == "graph":
+        whole = attempt_as_graph(model, leaves, options.tracer, example_inputs)
+    else:
+        whole = attempt(model, leaves, options.tracer)
     is_graph = whole.is_whole and not whole.decides
     into = options.into or ("graph" if is_graph else "modules")
     if into == "graph" or is_compiled(model):  # of which no part is to be had either
@@ -174,7 +177,7 @@ def _trace(model: nn.Module, options: Options, has_inputs: bool) -> _Traced:
     wanted = wanted_types(rules)
     is_tree = into == "modules"
     # What a run on inputs will show need not be guessed.
-    guesses = is_tree and not has_inputs
+    guesses = is_tree and example_inputs is None
     parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=is_tree, guesses=guesses)
     is_certain = whole.is_whole and not whole.assumptions
     return _Traced(model, parts, into, whole.is_whole, is_certain, assumptions)

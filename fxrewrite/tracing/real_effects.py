@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import sys
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx, nn
 from typing_extensions import override
 
-from ..module_utils.state import Snapshot
+from ..module_utils.state import Snapshot, changes
 from ..module_utils.torch_private import TorchDispatchMode
 from .forward_code import is_of_a_forward, line_of
 from .stops import NotInGraphError
@@ -65,11 +66,35 @@ def draws(what: str) -> str:
     return f"it draws random numbers by {what}, which a graph would keep as they are"
 
 
+class ModelState(Snapshot):
+    """A snapshot of a model that can also be compared with a part of it."""
+
+    def __init__(self, model: nn.Module, skipped: Collection[str]) -> None:
+        self._places: dict[int, slice] = {}
+        super().__init__({"": model}, skipped=skipped)
+
+    @override
+    def _visit_module(self, path: Any, module: nn.Module) -> None:
+        start = len(self._parts)
+        super()._visit_module(path, module)
+        self._places[id(module)] = slice(start, len(self._parts))
+
+    def restore_in(self, module: nn.Module) -> str | None:
+        """Put back what has changed in a module, and name the first such thing, or None."""
+        found = None
+        for each in module.modules() if module._modules else (module,):
+            place = self._places.get(id(each), slice(0))
+            for part, name in changes(self._parts[place]):
+                found = found or name
+                part.restore()
+        return found
+
+
 class ChangedError(NotInGraphError):
     """A forward calls a module that is not as it was when tracing began."""
 
 
-def check_calls(tracer: fx.Tracer, before: Snapshot, *, of_all: bool) -> None:
+def check_calls(tracer: fx.Tracer, before: ModelState, *, of_all: bool) -> None:
     """Stop where a module is called that is not as it was when tracing began.
 
     A graph calls it as it is afterwards, when its forward may have put everything back.
@@ -84,8 +109,8 @@ def check_calls(tracer: fx.Tracer, before: Snapshot, *, of_all: bool) -> None:
 
     def call(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         is_checked = of_all or not module._modules or is_leaf(module)
-        if is_checked and (changed := before.difference_in(module)) is not None:
-            before.restore_in(module)  # as the forward does not get to do any more
+        # What was changed is put back, as the forward does not get to do any more.
+        if is_checked and (changed := before.restore_in(module)) is not None:
             name = tracer.path_of_module(module)
             raise ChangedError(f"it calls {name} after it has changed {changed}")
         if kwargs or len(args) != 1:  # what it can't be called with raises here as it does later

@@ -17,14 +17,13 @@ from torch import fx, nn
 from ..errors import TraceError
 from ..module_utils.hooks import has_hooks
 from ..module_utils.names import fresh_name, parent_name
-from ..module_utils.state import Snapshot
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
 from .error_recovery import answer_questions, tolerant
 from .guards import Watch
 from .passages import Passages, Recorder
 from .proxies import Proxy
-from .real_effects import ChangedError, Draws, Generators, NoDraws, check_calls
+from .real_effects import ChangedError, Draws, Generators, ModelState, NoDraws, check_calls
 from .stops import Stop, stop
 from .thread_guard import watched
 
@@ -250,7 +249,7 @@ def _traced(
     raised = tolerant(own, names)
     # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
     skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
-    before, generators = Snapshot({"": model}, skipped=skipped), Generators()
+    before, generators = ModelState(model, skipped), Generators()
     check_calls(own, before, of_all=precisely)
     watched(own)
     watch = Watch(own, model, left_out)
@@ -284,6 +283,7 @@ def _traced(
         return _traced(model, leaves, tracer, left_out, record, guess, precisely=True)
     stops = tuple(stop(model, name, error) for name, error in raised.items())
     if graph is not None:
+        _drop_late(graph)
         for node in (*graph.find_nodes(op="placeholder"), graph.output_node()):
             if isinstance(node.type, str):  # an annotation not evaluated, unknown to torch.jit
                 node.type = None
@@ -298,6 +298,14 @@ def _traced(
         Traced(graph, constants, stops, reads_buffers, assumptions, fragment, passages),
         changed,
     )
+
+
+def _drop_late(graph: fx.Graph) -> None:
+    """Take back what FX has recorded when the text of an error named an attribute of a value."""
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            break
+        graph.erase_node(node)
 
 
 def _tell_arguments_apart(graph: fx.Graph) -> None:
