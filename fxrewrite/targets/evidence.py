@@ -90,7 +90,7 @@ class Evidence:
                 self._asking(name), with_kwargs=True
             )
         try:
-            with _Readers(self._on_read):
+            with _Readers(self._on_read, lambda: not self._open):
                 done = run(probe, example_inputs)
         except Exception as error:
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -251,8 +251,11 @@ class Evidence:
     def _on_read(self, name: str, values: Iterable[Any]) -> None:
         """Note a function, or what else reads tensors outside of the modules' own code."""
         for value in () if self._open else values:
-            if isinstance(value, torch.Tensor) and (call := self._maker(value)) is not None:
-                call.readers.append(name)
+            if isinstance(value, torch.Tensor):
+                if (call := self._maker(value)) is not None:
+                    call.readers.append(name)
+            elif isinstance(value, list | tuple | dict):
+                self._on_read(name, pytree.tree_leaves(value))
 
     def _hold(self, now: Stack) -> None:
         """Hold the frames that are under way, and let go what finished ones hold."""
@@ -278,11 +281,15 @@ class Evidence:
 class _Readers(TorchFunctionMode):
     """Tells of each function of torch that reads more of a tensor than its metadata."""
 
-    def __init__(self, on_read: Callable[[str, Iterable[Any]], None]) -> None:
+    def __init__(
+        self, on_read: Callable[[str, Iterable[Any]], None], is_asked: Callable[[], bool]
+    ) -> None:
         super().__init__()
-        self._on_read = on_read
+        self._on_read, self._is_asked = on_read, is_asked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._is_asked():
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -290,7 +297,7 @@ class _Readers(TorchFunctionMode):
         else:
             is_question = traits_of_method(name).asks in ("metadata", "like", "new")
         if not is_question:
-            self._on_read(name, pytree.tree_leaves((args, kwargs or {})))
+            self._on_read(name, (*args, *(kwargs or {}).values()))
         return func(*args, **(kwargs or {}))
 
 

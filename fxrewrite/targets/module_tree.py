@@ -145,7 +145,9 @@ class ModuleTreeTarget(GraphTarget):
         # Of calls that were not seen, the guard sees to it that they are of such a rank and type.
         kinds = dict.fromkeys(Shown(each.rank, each.dtype) for each in shown if each is not None)
         self._kinds[called[0].node.name] = frozenset(kinds)
-        return [*dict.fromkeys(shown), *kinds]
+        here = value_of(site.input)
+        others = dict.fromkeys(e for e in shown if e != (here.rank, here.dtype, here.shape))
+        return [*others, *kinds]
 
     @override
     def assurance(self, site: Site) -> Assurance:
