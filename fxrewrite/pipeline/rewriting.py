@@ -24,7 +24,7 @@ from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
 from ..targets.guard import guarded
 from ..targets.module_copy import copied
-from ..targets.module_tree import Calls, ModuleTreeTarget
+from ..targets.module_tree import Budget, Calls, ModuleTreeTarget
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
@@ -112,15 +112,22 @@ def rewrite(
             elif traced.into == "graph":
                 job = _for_graph(traced, example_inputs)
             else:
-                job = _for_modules(traced, example_inputs, apart, options.trust)
-            done = apply(job.targets, options.rules, job.modules, job.stops, limit)
+                job = _for_modules(traced, example_inputs, apart, options.trust, limit)
+            most = None if job.into == "modules" else limit
+            done = apply(job.targets, options.rules, job.modules, job.stops, most)
             if not (found := job.conflicts()):
                 made = job.write_out()
                 break
         apart |= found
     report = done.report(model, made, job.into)
     report = attrs.evolve(report, assumptions=job.assumptions, unknown_shapes=job.unknown_shapes)
-    return Rewritten(model, example_inputs, options, made, report, done.sites)
+    sites = done.sites
+    if job.into == "modules":  # where further calls of the same modules are no sites of their own
+        first: dict[Any, tuple[Rule[Any], Finding]] = {}
+        for site in sites:
+            first.setdefault((site[0], site[1].steps), site)
+        sites = tuple(first.values())
+    return Rewritten(model, example_inputs, options, made, report, sites)
 
 
 @attrs.frozen
@@ -208,7 +215,11 @@ def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
 
 
 def _for_modules(
-    traced: _Traced, example_inputs: Any, apart: Collection[int], trust: Trust | None
+    traced: _Traced,
+    example_inputs: Any,
+    apart: Collection[int],
+    trust: Trust | None,
+    limit: int | None,
 ) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
     views, unknown = _views(traced, modules, example_inputs)
@@ -224,6 +235,7 @@ def _for_modules(
         seen.remarks.update(remarks)
         calls[seen] = evidence
     homes: dict[int, list[ModuleTreeTarget]] = {}
+    budget = Budget(limit)
     targets = {
         view: ModuleTreeTarget(
             view,
@@ -231,6 +243,7 @@ def _for_modules(
             evidence,
             is_certain=traced.is_certain and not view.part and how is not evidence,
             trusts_run=trust == "run",
+            budget=budget,
             homes=homes,
             apart=apart,
         )

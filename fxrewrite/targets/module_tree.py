@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import attrs
 from torch import nn
 from typing_extensions import override
 
@@ -40,6 +41,13 @@ class Calls(Protocol):
         """By which code, for each time that it was seen; None where that is not known."""
 
 
+@attrs.define
+class Budget:
+    """How many sites may still be rewritten; further calls of modules that changed are free."""
+
+    left: int | None = None
+
+
 class ModuleTreeTarget(GraphTarget):
     """The model's own module tree, whose forward code stays: modules give way to modules.
 
@@ -55,6 +63,7 @@ class ModuleTreeTarget(GraphTarget):
         *,
         is_certain: bool,
         trusts_run: bool = False,
+        budget: Budget | None = None,
         homes: Mapping[int, Sequence[ModuleTreeTarget]],
         apart: Collection[int] = (),
     ) -> None:
@@ -68,6 +77,7 @@ class ModuleTreeTarget(GraphTarget):
         self._calls, self._evidence, self._is_certain = calls, evidence, is_certain
         self._trusts = evidence if trusts_run else None
         self._trusted: set[str] = set()
+        self._budget = budget or Budget()
         self._homes, self._apart = homes, apart
         self._changed: set[nn.Module] = set()
         self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
@@ -117,7 +127,7 @@ class ModuleTreeTarget(GraphTarget):
         for link in changed:
             if _stays(link):
                 continue
-            found = tuple(self._homes.get(id(self._original(link)), ()))
+            found = tuple(self._others(self._original(link)))
             homes.add(found if self in found else (self,))
             if not self._may_change(self._original(link), found):
                 return (
@@ -179,11 +189,16 @@ class ModuleTreeTarget(GraphTarget):
             if self._trusts is None or not all(self._trusts.shown(each, ()) for each in chain):
                 return reason
             self._trusted.add(path[0])
+        now = {self._original(each) for each in (becomes if edit.steps else changed)}
+        if not all(any(e in t._changed for t in (self, *self._others(e))) for e in now):
+            if self._budget.left == 0:
+                return "as many sites were rewritten as may be"
+            self._budget.left = None if self._budget.left is None else self._budget.left - 1
         if not self._is_certain:
             self._guard(path, counts_writes=reason is None)
         if path[0] in self._kinds:
             self.expected[self._modules[path[0]]] = self._kinds[path[0]]
-        self._changed |= {self._original(each) for each in (becomes if edit.steps else changed)}
+        self._changed |= now
         self._gone |= {id(self._original(link)) for link in gone}
         self._gone_nodes |= {link.node.name for link in gone}
         return None
@@ -276,6 +291,9 @@ class ModuleTreeTarget(GraphTarget):
             or all(module not in each._changed and each._is_called_alone(module) for each in homes)
         )
 
+    def _others(self, module: nn.Module) -> Sequence[ModuleTreeTarget]:
+        return self._homes.get(id(module), ())
+
     def _is_called_alone(self, module: nn.Module) -> bool:
         """Whether nothing but calls uses a module in this graph, and it may become another."""
         return id(module) not in self._used_otherwise and id(module) not in self._apart
@@ -285,7 +303,7 @@ class ModuleTreeTarget(GraphTarget):
         view, now = self._view, self._called()
         several = [view.modules[view.first_name(n)] for n in now - view.modules.keys()]
         for module in self._changed:
-            homes = self._homes.get(id(module), ())
+            homes = self._others(module)
             elsewhere = self in homes and any(module not in each._changed for each in homes)
             if elsewhere or module in several or view.users(module):
                 yield id(module)

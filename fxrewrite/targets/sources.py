@@ -39,7 +39,6 @@ def line_of(way: Passage, *, giving: bool = False) -> str:
     return source.line(node) if source is not None and isinstance(node, ast.expr) else ""
 
 
-@functools.lru_cache(maxsize=4096)
 def found(
     way: Passage,
 ) -> tuple[Source | None, ast.expr | str | None, ast.expr | None, Scope | None]:
@@ -61,6 +60,7 @@ class Source:
         self._by_end: dict[tuple[int | None, int | None], list[ast.expr]] = {}
         self._scopes: list[Scope] = []
         self._inside: dict[ast.AST, tuple[Scope, ...]] = {}
+        self._scope_of: dict[tuple[CodeType, ast.expr | None], Scope | None] = {}
         self._add(tree, ())
 
     def _add(self, node: ast.AST, inside: tuple[Scope, ...]) -> None:
@@ -90,8 +90,12 @@ class Source:
 
     def scope(self, code: CodeType, expression: ast.expr | None) -> Scope | None:
         """The function, or comprehension, whose code this is."""
-        inside = self._scopes if expression is None else self._inside[expression]
-        return next((each for each in reversed(inside) if _is_code_of(each, code)), None)
+        key = code, expression
+        if key not in self._scope_of:
+            inside = self._scopes if expression is None else self._inside[expression]
+            found = (each for each in reversed(inside) if _is_code_of(each, code))
+            self._scope_of[key] = next(found, None)
+        return self._scope_of[key]
 
     def line(self, node: ast.AST) -> str:
         """Where a node is: file, number and text of the line."""

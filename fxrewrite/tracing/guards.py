@@ -159,13 +159,13 @@ class Watch:
     def _decide_outside(self, frame: FrameType, question: Question) -> None:
         """Note what a forward asks of torch, or sets, that no value of the graph shows."""
         line = line_of(frame)
+        if _is_of_a_collection(frame):
+            return
         if question.operands is None:
             self._add(line, "it catches what is raised there, which a graph does not")
             return
         name = str(question.operands[0][0].value)
         if question.kind == "global":
-            if _is_of_a_collection(frame):
-                return
             where = frame.f_globals
             self._globals.setdefault((id(where), name), (where, where.get(name, _ABSENT)))
             self._add(line, f"it sets the global variable {name}")
