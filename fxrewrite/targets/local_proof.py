@@ -259,8 +259,8 @@ class _Walk:
 
     def _try(self, node: ast.Try, states: _States) -> _States:
         calls = {self._begin, self._end}
-        if node.handlers and any(e in calls for each in node.body for e in ast.walk(each)):
-            raise _FlawError(self._said("catches what a call of the two may raise", node))
+        if node.handlers and any(each in calls for each in ast.walk(node)):
+            raise _FlawError(self._said("catches what a call may raise", node))
         self._tries.append(set(states))
         after = self._block(node.body, states)
         raised = self._tries.pop()

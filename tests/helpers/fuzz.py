@@ -371,10 +371,38 @@ class Block:
             y = f", {self.value()}" if "y" in block.inputs else ""
             self.set(f"self.{name}({read}{y}){block.takes}")
 
+    def for_one_call(self) -> None:
+        """Something of a module is changed for one call, and put back."""
+        pool, at = self.pool, len(self.lines)
+        among = self.one(pool.norms, pool.norms, pool.others, pool.convs)
+        name = self.name(self.one(*among), "changed")
+        if self.draw(st.booleans()):
+            self.call(pool.convs, "conv", self.value())
+        self.call([self.members[name]], name, self.value())
+        before, after = self.one(
+            ("m = self.{0}.training; self.{0}.train(not m)", "self.{0}.train(m)"),
+            ("m = self.{0}.training; self.{0}.training = True", "self.{0}.training = m"),
+            ("m = self.{0}.__dict__.get('eps'); self.{0}.eps = 1.5", "self.{0}.eps = m"),
+            ("m = self.{0}.register_forward_hook(this.halve_output)", "m.remove()"),
+        )
+        self.lines.insert(at, before.format(name))
+        self.lines.append(after.format(name))
+
+    def outside(self) -> None:
+        """A draw, or a question to torch."""
+        text = self.one(
+            "{} + torch.rand(1, dtype={}.dtype)",
+            "{} * torch.rand(()).item()",
+            "{} * (2.0 if torch.is_grad_enabled() else 1.0)",
+            "{} * (2.0 if torch.is_inference_mode_enabled() else 1.0)",
+        )
+        value = self.value()
+        self.set(text.replace("{}", value))
+
     LINES = (
         *[chain] * 5, *[functional_chain] * 2, *[block] * 2, *[branches] * 3, layers, layers,
         norm_first, other, function, function, in_place, combine, parameter, number, permuted,
-        buffer, control, sequential, siblings, siblings,
+        buffer, control, sequential, siblings, siblings, for_one_call, outside,
     )  # fmt: skip
 
     def model(self, most: int) -> nn.Module:
@@ -411,7 +439,7 @@ def cases(draw: Any) -> Case:
     for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
         inputs = draw(st.sampled_from([["x"], ["x"], ["x", "y"]]))
         pool.blocks.append(Block(draw, pool, inputs).model(3))
-    inputs = draw(st.sampled_from([["x"], ["x", "y"]]))
+    inputs = draw(st.sampled_from([["x"], ["x", "y"], ["x", "X"]]))
     model = Block(draw, pool, inputs).model(5)
     randomise(model, draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from(DTYPES))

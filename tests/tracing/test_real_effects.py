@@ -169,3 +169,48 @@ def test_arguments_whose_names_differ_in_case_are_told_apart(names: str) -> None
     torch.testing.assert_close(made(*given), model(*given), rtol=1e-9, atol=1e-9)
     by_name = dict(zip(names.split(", "), given, strict=True))
     torch.testing.assert_close(made(**by_name), model(**by_name), rtol=1e-9, atol=1e-9)
+
+
+def catching(m: Any, x: torch.Tensor) -> Any:
+    try:
+        return m.bn(m.conv(x))
+    except ValueError:
+        return m.conv(x) * 2
+
+
+def without_lengths(m: Any, x: torch.Tensor) -> Any:
+    for layer in (m.conv, m.bn):
+        try:
+            x = layer(x, lengths=None)
+        except TypeError:
+            x = layer(x)
+    return x
+
+
+def at_last(m: Any, x: torch.Tensor) -> Any:
+    try:
+        return m.bn(m.conv(x))
+    finally:
+        m.conv.eval()
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["", "example inputs"])
+@pytest.mark.parametrize("forward", [catching, without_lengths])
+def test_a_forward_that_catches_what_is_raised_is_no_graph(forward: Any, example: Any) -> None:
+    """On inputs of which a norm raises, the result does what the model does."""
+    model = net(forward)
+    made, report = fxr.rewrite(model, "conv_bn", example)
+    assert report.into == "modules"
+    for x in (X, X[0]):
+        try:
+            expected = model(x)
+        except ValueError:
+            continue
+        torch.testing.assert_close(made(x), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(fxr.errors.TraceError, match="it catches what is raised there"):
+        fxr.rewrite(model, "conv_bn", into="graph")
+
+
+def test_what_a_forward_does_at_last_is_no_reason_to_refuse() -> None:
+    made, _ = fxr.rewrite(net(at_last), "conv_bn", into="graph", expect={"conv_bn": 1})
+    torch.testing.assert_close(made(X), net(at_last)(X), rtol=1e-9, atol=1e-9)
