@@ -114,6 +114,8 @@ class Lifting:
                 if found is None:
                     return f"its {field} is {describe(value, view)}, not a tensor of the model"
                 targets[name], plain[name] = found
+                if isinstance(found[1], Transposed) and name != "mat2":
+                    return f"its {field} is a tensor of the model that is read transposed"
                 writer = self._updated.get(id(found[1]))
                 if writer is not None and not spelling.meaning.updates(given):
                     return f"its {field} is updated by {describe(writer, view)}"

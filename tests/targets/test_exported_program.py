@@ -286,6 +286,28 @@ class Branching(nn.Module):
         return torch.cond(x.sum() > 0, lambda y: self.other(y), lambda y: y * 2, (x,))
 
 
+class Tied(nn.Module):
+    """A decoder whose weight is the encoder's, transposed; and a convolution of such a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 4, 1, 1))
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        decoded = F.linear(torch.relu(self.linear(x)), self.linear.weight.t())
+        return decoded, self.bn(F.conv2d(y, self.weight.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("rules", ["conv_bn", "affine"])
+def test_a_weight_that_is_read_transposed_stays_as_it_is(rules: str) -> None:
+    model, given = Tied().eval(), (torch.randn(2, 6), torch.randn(1, 3, 2, 2))
+    made, report = fxr.rewrite(torch.export.export(model, given), rules)
+    for one, other in zip(made.module()(*given), model(*given), strict=True):
+        torch.testing.assert_close(one, other)
+    assert "its weight is a tensor of the model that is read transposed" in str(report)
+
+
 def test_subgraphs_stay() -> None:
     """What is around a branch is folded, and the branch is as it was."""
     net = nets.randomise(Branching()).double()
