@@ -4,8 +4,8 @@ import nox
 
 nox.options.sessions = []
 
-# What `third_party` sweeps. The second group asks for old versions of what the first has, or for much
-# that no model needs, so it comes without; what its models do import is in the first group, too.
+# What `third_party` sweeps. The second group asks for old versions of what the first has, or for
+# much that no model needs, so it comes without; what its models import is in the first, too.
 LIBRARIES = """ultralytics transformers segmentation-models-pytorch monai torch-geometric kornia
     open-clip-torch pytorchcv pytorch-tcn omegaconf pycocotools hyperpyyaml sentencepiece soundfile
     scipy pandas joblib fvcore iopath av six h5py imageio scikit-image anyascii langdetect pyclipper
