@@ -396,13 +396,13 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def compared(model: nn.Module, made: nn.Module, inputs: Any, limit: float) -> str:
-    """The error on the example inputs, or on others like them if it is larger there."""
+    """The error on the example inputs, on other numbers, and on a larger batch; the largest."""
     errors = []
-    for each in (inputs, mapped(changed, inputs)):
+    for each in (inputs, mapped(changed, inputs), mapped(repeated, inputs)):
         try:
             before = called(model, each)
         except Exception:
-            continue  # not every model takes any numbers
+            continue  # not every model takes any numbers, or any batch
         errors.append(error(before, called(made, each)))
     worst = max(errors, key=lambda each: (math.isnan(each), each))
     said = f"{worst:.0e}{' (float32)' * (limit > 1e-6)}"
@@ -412,6 +412,10 @@ def compared(model: nn.Module, made: nn.Module, inputs: Any, limit: float) -> st
 def changed(value: Any) -> Any:
     """Other numbers for those of an input, of another scale."""
     return -2 * value.flip(-1) if is_tensor(value) and value.is_floating_point() else value
+
+
+def repeated(value: Any) -> Any:
+    return torch.cat([value, changed(value)]) if is_tensor(value) and value.dim() > 1 else value
 
 
 def error(before: Any, after: Any) -> float:
