@@ -9,7 +9,7 @@ nox.options.sessions = []
 LIBRARIES = """ultralytics transformers segmentation-models-pytorch monai torch-geometric kornia
     open-clip-torch pytorchcv pytorch-tcn omegaconf pycocotools hyperpyyaml sentencepiece soundfile
     scipy pandas joblib fvcore iopath av six h5py imageio scikit-image anyascii langdetect pyclipper
-    shapely pypdfium2 rapidfuzz validators python-bidi yapf addict""".split()
+    shapely pypdfium2 rapidfuzz validators python-bidi yapf addict gdown tensorboard""".split()
 WITHOUT_DEPENDENCIES = """asteroid asteroid-filterbanks dynamic-network-architectures easyocr effdet
     efficientnet-pytorch facenet-pytorch julius lightly mmcv-lite mmengine opencv-python-headless
     openunmix pretrainedmodels python-doctr pytorchvideo resnest speechbrain torchaudio torchreid
