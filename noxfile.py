@@ -25,7 +25,7 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session
 def third_party(session: nox.Session) -> None:
-    """Fold the batch norms of models of twenty libraries: `-- --help` says how."""
+    """Fold the batch norms of models of many libraries: `-- --help` says how."""
     session.install("-e", ".[dev]", *LIBRARIES)
     session.install("--no-deps", *WITHOUT_DEPENDENCIES)
     session.run("python", "tests/tools/third_party.py", *session.posargs)
