@@ -38,7 +38,7 @@ from fxrewrite.cli.sweep_row import general
 from fxrewrite.module_utils.nested import flatten, mapped
 from fxrewrite.module_utils.running import called
 
-SECONDS = 120
+SECONDS, SLOW = 120, 3
 MIB = 10 * 1024
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4}
 COLUMNS = """model norms folded proved guarded trusted alone_stay into rewrite_s forward_s error
@@ -354,7 +354,7 @@ def row(name: str, rules: str, trust: Literal["run"] | None) -> dict[str, Any]:
         "into": report.into,
         "rewrite_s": f"{seconds:.2f}",
         "forward_s": f"{forward:.2f}",
-        "error": compared(model, made, inputs, LIMIT[dtype]),
+        "error": compared(model, made, like(inputs, forward), LIMIT[dtype]),
         "reasons": [(k, k in alone, short(report.why(k))) for k in norms if k in stay],
     }
 
@@ -395,13 +395,20 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.process_time() - start
 
 
-def compared(model: nn.Module, made: nn.Module, inputs: Any, limit: float) -> str:
-    """The error on the example inputs, on other numbers, and on a larger batch; the largest."""
+def like(inputs: Any, forward: float) -> list[Any]:
+    """The inputs, and unless the model takes long, other numbers and a larger batch."""
+    return [inputs] + [mapped(each, inputs) for each in (changed, repeated) if forward < SLOW]
+
+
+def compared(model: nn.Module, made: nn.Module, trials: list[Any], limit: float) -> str:
+    """The largest error on inputs, of which the model takes the first at least."""
     errors = []
-    for each in (inputs, mapped(changed, inputs), mapped(repeated, inputs)):
+    for each in trials:
         try:
             before = called(model, each)
         except Exception:
+            if not errors:
+                raise
             continue  # not every model takes any numbers, or any batch
         errors.append(error(before, called(made, each)))
     worst = max(errors, key=lambda each: (math.isnan(each), each))
