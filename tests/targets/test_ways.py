@@ -121,10 +121,6 @@ GUARDED = {
     "a loop that is left": (
         "for layer in self.layers:\n    x = layer(x)\n    if flag is True:\n        break\nreturn x"
     ),
-    "a caught error": (
-        "y = self.conv(x)\ntry:\n    if flag is True:\n        raise ValueError\n"
-        "    y = self.bn(y)\nexcept ValueError:\n    pass\nreturn y"
-    ),
     "a lambda": "f = lambda t: self.conv(t)\n" + FOLDED + "y = f(y)\nreturn y",
     "a match": FOLDED + "match n:\n        case 1:\n            y = self.conv(y)\nreturn y",
     "an index": FOLDED + "y = self.both[0 if mask is None else 1](y)\nreturn y",
@@ -143,6 +139,10 @@ GUARDED = {
 }
 # What is not to be seen at run time.
 REFUSED = {
+    "a caught error": (
+        "y = self.conv(x)\ntry:\n    if flag is True:\n        raise ValueError\n"
+        "    y = self.bn(y)\nexcept ValueError:\n    pass\nreturn y"
+    ),
     "both returned": "y = self.conv(x)\nreturn self.bn(y) + (y if flag is True else 0)",
     "a weight that is read": FOLDED + "y = y * self.conv.weight.mean()\nreturn y",
     "its type": "y = self.bn(self.conv(x))\nreturn y * isinstance(self.bn, nn.BatchNorm2d)",
