@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..ir.graph_view import GraphView
 from ..module_utils.hooks import PLAIN_TENSORS
+from ..module_utils.state import bits
 from ..module_utils.torch_private import disable_current_modes, is_static_input, version_of
 from ..pipeline.applying import apply
 from ..pipeline.rule_lists import apart
@@ -20,6 +21,9 @@ from ..targets.graph_inputs import Input, as_inputs
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
 from ..tracing.tracer import copy_of
+
+# So many numbers of each tensor are looked at in each call.
+_SAMPLE = 8
 
 _log = logging.getLogger("fxrewrite")
 
@@ -32,7 +36,8 @@ def backend(rules: Rules, inner: str | Callable[..., Any] = "inductor") -> Calla
     Parameters and buffers are inputs of the graphs that are compiled. Where no gradient can flow
     to one, under `torch.no_grad()` say, rules are given it as a constant. Each call of the compiled
     model then checks that these tensors are the very same, written to by nobody since, and has the
-    rules make their new tensors again where they are not.
+    rules make their new tensors again where they are not. A write that torch does not count, by way
+    of `.data` or NumPy, is noticed by some numbers of each tensor that are looked at.
 
     >>> import fxrewrite as fxr
     >>> from torch import nn
@@ -146,6 +151,26 @@ class _Rewriting:
         return tuple(kept), tuple(view.value(name) for name in standing)
 
 
+class _Samples:
+    """Some numbers of each tensor, by which writes are seen that torch does not count."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._views: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for each in tensors:
+            flat = each.detach().flatten()
+            if flat.numel() and flat.data_ptr() == each.data_ptr():  # otherwise it is a copy
+                sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+                self._views.setdefault((each.dtype, each.device), []).append(sample)
+        self._before = self._now()
+
+    def differ(self) -> bool:
+        """Whether one of them is another number than before."""
+        return any(not torch.equal(a, b) for a, b in zip(self._before, self._now(), strict=True))
+
+    def _now(self) -> list[torch.Tensor]:
+        return [bits(torch.cat(views)) for views in self._views.values()]
+
+
 class _Compiled:
     """What a graph was compiled into, and the tensors that the rules went by."""
 
@@ -158,13 +183,15 @@ class _Compiled:
     ) -> None:
         self._rewriting, self._made, self._form = rewriting, made, made.form
         self._stamps = self._stamped(inputs)
+        self._samples = _Samples([each for each, *_ in self._stamps])
         self._is_valid = True
         self._run = compile_inner(made.module, [inputs[i] for i in made.kept])
 
     def __call__(self, *inputs: Any) -> Any:
         """Run it; where the model's tensors have changed, renew those that were made of them."""
         now = self._stamped(inputs)
-        if any(a is not b or x != y for (a, *x), (b, *y) in zip(now, self._stamps, strict=True)):
+        stamps = zip(now, self._stamps, strict=True)
+        if any(a is not b or x != y for (a, *x), (b, *y) in stamps) or self._samples.differ():
             self._renew(inputs)
         if not self._is_valid:
             return self._rewriting.graph_module(*inputs)
@@ -178,6 +205,7 @@ class _Compiled:
     def _renew(self, inputs: Sequence[Any]) -> None:
         made = self._rewriting.of(inputs)
         self._stamps = self._stamped(inputs)
+        self._samples = _Samples([each for each, *_ in self._stamps])
         self._is_valid = made is not None and made.form == self._form
         if made is not None and self._is_valid:
             with torch.inference_mode(False), torch.no_grad():

@@ -263,7 +263,24 @@ def optimise(net: Any) -> None:
     torch.optim.SGD(net.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("change", [write, load, give_data, give_parameter, optimise])
+def write_to_data(net: Any) -> None:
+    net[1].weight.data.mul_(-0.5)
+
+
+def write_by_numpy(net: Any) -> None:
+    net[3].weight.detach().numpy()[...] *= 1.5
+
+
+def average(net: Any) -> None:
+    """As an exponential moving average of the weights does."""
+    for each in net.parameters():
+        each.data.lerp_(torch.randn_like(each), 0.1)
+
+
+CHANGES = [write, load, give_data, give_parameter, optimise, write_to_data, write_by_numpy, average]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_parameters_are_folded_anew(change: Any) -> None:
     """What was folded follows the model's parameters, without another compilation by `inner`."""
     net, inner = blocks(), Kept()
