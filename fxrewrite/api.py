@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,8 @@ def plan(
 def fuse(model: nn.Module, into: Into | None = None) -> Any:
     """Fold each batch norm into the convolution before it: `rewrite` with the set `conv_bn`.
 
+    It warns where there was nothing to fold; `plan(model, "conv_bn").why(name)` tells why.
+
     >>> import fxrewrite as fxr
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
     >>> fxr.fuse(model)
@@ -276,4 +279,13 @@ def fuse(model: nn.Module, into: Into | None = None) -> Any:
       (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     )
     """
-    return rewrite(model, "conv_bn", into=into)[0]
+    made, report = rewrite(model, "conv_bn", into=into)
+    if not report.applied:
+        declined = (*report.refused, *report.missed)
+        said = f": {declined[0]}" if declined else ""
+        warnings.warn(
+            f"fuse folded none of {len(declined)} batch norms of {type(model).__name__}{said}. "
+            "The rule set 'inference' folds more.",
+            stacklevel=2,
+        )
+    return made
