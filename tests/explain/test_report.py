@@ -188,6 +188,7 @@ def test_without_rules_or_findings_it_still_prints():
 def test_json_is_stable_and_complete(model, report):
     data = json.loads(report.to_json())
     keys = ["version", "rule_sets", "counts", "into", "stops", "assumptions", "parameter_names"]
+    keys += ["unknown_shapes"]
     keys.append("findings")
     assert list(data) == keys
     assert (data["version"], data["counts"]) == (1, report.counts)
