@@ -147,7 +147,7 @@ class Parts:
                 continue  # a check, which the model does not have
             module = self._model.get_submodule(target)
             if target in self.stops:
-                self._open(target)
+                self._go_into(target)
             elif self._in_leaves and has_hooks(module) and not self._keeps_whole(module, target):
                 self._trace(target, module)
 
@@ -157,11 +157,18 @@ class Parts:
         if not is_compiled(opened):
             for inner, module in _callable_children(opened, name):
                 if inner in self.stops:
-                    self._open(inner)
+                    self._go_into(inner)
                 elif self._keeps_whole(module, inner):
                     self._below_stops[inner] = module
                 elif inner.removeprefix(f"{name}.") not in inlined:
                     self._trace(inner, module)
+
+    def _go_into(self, name: str) -> None:
+        """Go on in what stopped tracing: by both answers to its question, if it asks one."""
+        if self._guesses and self.stops[name].is_branch:
+            self._trace(name, self._model.get_submodule(name))
+        else:
+            self._open(name)
 
     def _trace(self, name: str, module: nn.Module) -> None:
         if id(module) in self._roots or not self._is_wanted(module):

@@ -90,3 +90,12 @@ def test_a_guess_leaves_the_model_as_it_was() -> None:
     model: Any = net(forward)
     fxr.rewrite(model, "conv_bn")
     assert model.seen == []
+
+
+def test_a_part_that_asks_is_looked_at_by_both_answers_too() -> None:
+    """Its own questions, also where the model around it could be traced but for that part."""
+    model = nn.Sequential(net(late), nn.Tanh(), net(on_both_sides)).eval()
+    made, report = fxr.rewrite(model, "conv_bn")
+    assert {each.anchor for each in report.applied} == {"0.bn", "2.bn"}
+    for x in (X, -X, X.abs(), -X.abs()):
+        torch.testing.assert_close(made(x), model(x), rtol=1e-9, atol=1e-9)
