@@ -125,7 +125,7 @@ def _tells(
         if known is None and read.is_set:
             return read.name in module.__dict__
         tensors = (*module._parameters, *module._buffers)
-        return known is None and read.name in tensors and not read.is_metadata
+        return read.path is None and read.name in tensors and not read.is_metadata
     if read.is_argument:
         return _is_seen_inside(read, module, new, variables, inside)
     if read.is_set:
@@ -220,5 +220,8 @@ def _path(node: ast.expr, root: str) -> tuple[str, ...] | None:
 
 def _at(owner: Any, path: Sequence[str]) -> Any:
     for name in path:
-        owner = getattr(owner, name, None)
+        if isinstance(owner, list | tuple):
+            owner = owner[int(name)] if name.isdigit() and int(name) < len(owner) else None
+        else:
+            owner = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
     return owner

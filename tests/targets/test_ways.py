@@ -269,6 +269,9 @@ LOOKED_AT = {
     "a convolution's padding": "x = x * self.conv.padding[0]\nreturn self.bn(self.conv(x))",
     "whether it is there": "return self.bn(self.conv(x)) if self.bn is not None else x",
     "its class": "return self.bn(self.conv(x)) if isinstance(self.conv, nn.Conv2d) else x",
+    "a weight of what is not there": (
+        "y = self.bn(self.conv(x))\nreturn y + self.gone.weight if flag is None else y"
+    ),
     "by a function that is given it": "return self.bn(self.conv(padded(x, self.conv)))",
     "by one further in": "return self.bn(self.conv(handed(x, conv=self.conv)))",
 }
@@ -286,6 +289,7 @@ CHANGED = {
         "return self.bn(self.conv(x))"
     ),
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
+    "a weight in a list": "return self.bn(self.conv(x)) + self.both[0].weight.mean()",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
