@@ -112,10 +112,11 @@ def _tells(
     variables: Mapping[str, Any],
     inside: tuple[types.FunctionType, ...] = (),
 ) -> bool:
-    known = None if read.path is None else _at(owner, read.path)
+    may_be_any = read.path is None or owner is None
+    known = None if may_be_any else _at(owner, read.path or ())
     if read.is_argument and read.of:
         was, now = ({each.__name__ for each in type(m).__mro__} for m in (module, new))
-        return (known is module or read.path is None) and not read.of.isdisjoint(was - now)
+        return (known is module or may_be_any) and not read.of.isdisjoint(was - now)
     sets_mode = read.name in ("train", "eval") or (read.name == "training" and read.is_set)
     if sets_mode and isinstance(known, nn.Module) and not read.is_argument:
         return any(each is module for each in known.modules())
@@ -125,7 +126,7 @@ def _tells(
         if known is None and read.is_set:
             return read.name in module.__dict__
         tensors = (*module._parameters, *module._buffers)
-        return read.path is None and read.name in tensors and not read.is_metadata
+        return may_be_any and read.name in tensors and not read.is_metadata
     if read.is_argument:
         return _is_seen_inside(read, module, new, variables, inside)
     if read.is_set:

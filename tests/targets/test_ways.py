@@ -290,6 +290,7 @@ CHANGED = {
     ),
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
     "a weight in a list": "return self.bn(self.conv(x)) + self.both[0].weight.mean()",
+    "a weight of a function's first argument": "return self.bn(first([self.conv], x))",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
@@ -309,6 +310,8 @@ def padded(x, conv):
     return x * (1 + conv.stride[0])
 def handed(x, conv):
     return padded(x, conv)
+def first(layers, x):
+    return layers[0](x) * layers[0].weight.mean()
 def scaled(x, conv):
     return x * conv.weight.mean()
 def kept(x, conv, known=[]):
