@@ -311,7 +311,8 @@ def padded(x, conv):
 def handed(x, conv):
     return padded(x, conv)
 def first(layers, x):
-    return layers[0](x) * layers[0].weight.mean()
+    x = x * layers[0].weight.mean()
+    return layers[0](x)
 def scaled(x, conv):
     return x * conv.weight.mean()
 def kept(x, conv, known=[]):
