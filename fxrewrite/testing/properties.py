@@ -152,12 +152,14 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             calls[name or type(module).__name__] += 1
             if not _is_told(report, name or type(module).__name__):
                 return f"nothing is said of {name}, which is never called"
-    if report.stops:  # of code that was not traced, a run or a guess shows further calls
-        return None
     names_of_loud = {rule.name for rule in loud}
-    findings = (e for e in (*report.refused, *report.missed) if e.rule in names_of_loud)
+    findings = [e for e in (*report.refused, *report.missed) if e.rule in names_of_loud]
     declined = Counter(each.anchor for each in findings)
     twice = [name for name in calls if declined[name] > calls[name]]
+    if report.stops:  # of code that was not traced, a run shows further calls of modules
+        same = Counter((each.anchor, each.nodes) for each in findings)
+        again = {name for (name, _), count in same.items() if count > 1}
+        twice = [name for name in twice if name in again or name not in report.modules]
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
 
