@@ -162,7 +162,8 @@ class Watch:
         if _is_of_a_collection(frame):
             return
         if question.operands is None:
-            self._add(line, "it catches what is raised there, which a graph does not")
+            if any(map(holds_proxy, frame.f_locals.values())):
+                self._add(line, "it catches what is raised there, which a graph does not")
             return
         name = str(question.operands[0][0].value)
         if question.kind == "global":

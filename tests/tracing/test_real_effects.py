@@ -211,6 +211,19 @@ def test_a_forward_that_catches_what_is_raised_is_no_graph(forward: Any, example
         fxr.rewrite(model, "conv_bn", into="graph")
 
 
+def is_compiling() -> bool:
+    try:
+        return torch.compiler.is_compiling()
+    except AttributeError:
+        return False
+
+
+def test_what_is_caught_where_there_is_no_value_of_the_model_does_not_matter() -> None:
+    model = net(lambda m, x: x if is_compiling() else m.bn(m.conv(x)))
+    made, _ = fxr.rewrite(model, "conv_bn", into="graph", expect={"conv_bn": 1})
+    torch.testing.assert_close(made(X), model(X), rtol=1e-9, atol=1e-9)
+
+
 def test_what_a_forward_does_at_last_is_no_reason_to_refuse() -> None:
     made, _ = fxr.rewrite(net(at_last), "conv_bn", into="graph", expect={"conv_bn": 1})
     torch.testing.assert_close(made(X), net(at_last)(X), rtol=1e-9, atol=1e-9)
