@@ -85,6 +85,7 @@ def rewrite(model: nn.Module) -> None:
         fxr.rewrite(model, ["conv_bn", clumsy], X.float(), into="graph")
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5500), st.sampled_from([Model, Writing]))
 def test_ctrl_c_at_any_line_leaves_the_model_as_it_was(after: int, kind: Any) -> None:
     """Wherever in this package it comes, the model is the same, and the next rewrite works."""
