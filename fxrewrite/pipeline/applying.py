@@ -105,6 +105,8 @@ def _told_once(graphs: Sequence[Sequence[Finding]], modules: Container[str]) -> 
     What was traced, and is next to code that was not, is in several; so is what comes before a
     question that has two answers.
     """
+    if len(graphs) == 1:  # and no reason need be put into words
+        return [*graphs[0]]
     teller: dict[tuple[str, str], int] = {}
     for wanted in (("applied",), OUTCOMES):
         for i, found in enumerate(graphs):
