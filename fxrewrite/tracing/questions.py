@@ -64,10 +64,9 @@ class Question:
 
     `kind` is "is", "match", "training" (it reads an attribute of that name), "torch" (it asks for a
     state of torch), "global" (it sets a global variable), "try" (a block begins of which it catches
-    what that raises) or the name of the function that asks.
-    `operands` are the instructions that make each operand, or None where they
-    can't be told apart; `names` are the variables that are read for it, and
-    `line` is the number of the line.
+    what that raises) or the name of the function that asks. `operands` are the instructions that
+    make each operand, or None where they can't be told apart; `names` are the variables that are
+    read for it, and `line` is the number of the line.
     """
 
     kind: str
