@@ -17,6 +17,7 @@ _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+_registries_of = operator.itemgetter(*_REGISTRIES)
 _UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
@@ -42,22 +43,22 @@ class Stamp:
 
     def __init__(self, things: Iterable[Any]) -> None:
         self._parts: list[_Container] = []
-        self._versions: list[tuple[str, torch.Tensor, object]] = []
+        self._versions: list[tuple[torch.Tensor, object, str, str]] = []
         for each in things:
             if isinstance(each, nn.Module):
                 for module in each.modules() if each._modules else (each,):
                     self._add(type(module).__name__, module)
             elif isinstance(each, torch.Tensor):
-                self._versions.append(("Tensor", each, version_of(each)))
+                self._versions.append((each, version_of(each), "Tensor", ""))
 
     def _add(self, kind: str, module: nn.Module) -> None:
-        self._parts.append(part := _Module((None, kind), module))
-        registries = compress(map(part.before.get, _REGISTRIES), part.filled)
-        self._parts += [_Container((None, kind), each) for each in registries]
+        path = (None, kind)
+        self._parts.append(part := _Module(path, module))
+        self._parts += [_Container(path, each) for each in part.filled]
         for held in (module._parameters, module._buffers):
             for key, each in held.items():
                 if each is not None:
-                    self._versions.append((f"{kind}.{key}", each, version_of(each)))
+                    self._versions.append((each, version_of(each), kind, key))
 
     def __enter__(self) -> Stamp:
         return self
@@ -71,9 +72,9 @@ class Stamp:
         """The first thing that has changed since, in words, or None."""
         for _part, name in changes(self._parts):
             return name
-        for name, tensor, version in self._versions:
+        for tensor, version, *names in self._versions:
             if version_of(tensor) != version:
-                return f"the tensor {name}"
+                return f"the tensor {'.'.join(filter(None, names))}"
         return None
 
 
@@ -133,8 +134,8 @@ class Snapshot:
 
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
-        self._parts.append(part := _Module(path, module))
-        for key in compress(_REGISTRIES, part.filled):
+        self._parts.append(_Module(path, module))
+        for key in compress(_REGISTRIES, _registries(state)):
             if key in self._skipped:
                 self._parts.append(_Container(path, state[key]))
             else:
@@ -215,15 +216,17 @@ class _Module(_Container):
     __slots__ = ("filled", "module", "type")
 
     def __init__(self, path: _Path, module: nn.Module) -> None:
-        self.path, self.now, self.before = path, module.__dict__, module.__dict__.copy()
-        self.module, self.type, self.filled = module, type(module), _filled(module.__dict__)
+        state = module.__dict__
+        self.path, self.now, self.before = path, state, state.copy()
+        self.module, self.type, self.filled = module, type(module), _filled(state)
 
     def change(self, versions: bool) -> str | None:
         if type(self.module) is not self.type:
             return "__class__"
-        if _filled(self.now) != self.filled and (new := self._newly_filled()):
-            return new[0]
-        return _Container.change(self, versions)
+        changed = _Container.change(self, versions)
+        if changed is None and len(_filled(self.now)) > len(self.filled):
+            return self._newly_filled()[0]
+        return changed
 
     def restore(self) -> None:
         object.__setattr__(self.module, "__class__", self.type)
@@ -232,12 +235,21 @@ class _Module(_Container):
             self.now[name].clear()
 
     def _newly_filled(self) -> list[str]:
-        pairs = zip(_REGISTRIES, self.filled, strict=True)
-        return [name for name, was_filled in pairs if not was_filled and self.now.get(name)]
+        was_filled = set(map(id, self.filled))
+        pairs = zip(_REGISTRIES, _registries(self.now), strict=True)
+        return [name for name, each in pairs if each and id(each) not in was_filled]
 
 
-def _filled(state: dict[str, Any]) -> list[bool]:
-    return list(map(bool, map(state.get, _REGISTRIES)))
+def _filled(state: dict[str, Any]) -> list[Any]:
+    """The registries of a module with something in them."""
+    return list(filter(None, _registries(state)))
+
+
+def _registries(state: dict[str, Any]) -> tuple[Any, ...]:
+    try:
+        return _registries_of(state)
+    except KeyError:  # what torch.jit made of a module lacks some
+        return tuple(map(state.get, _REGISTRIES))
 
 
 class _Tensor:

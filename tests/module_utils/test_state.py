@@ -90,6 +90,18 @@ def test_nothing_changed() -> None:
     assert stamp.difference() is None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_module_of_torch_jit_which_lacks_registries_is_compared_as_well() -> None:
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    before, stamp = Snapshot({"": traced}), Stamp([traced])
+    assert before.difference() is stamp.difference() is None
+    traced.register_forward_hook(print)
+    assert before.difference() == "_forward_hooks"
+    assert stamp.difference() == "TopLevelTracedModule._forward_hooks"
+    assert before.restore()
+    assert not traced._forward_hooks
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_each_change_is_seen_and_undone(what: str) -> None:
     change, _ = CHANGES[what]
