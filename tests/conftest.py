@@ -4,6 +4,7 @@
 red run is about the change at hand. `pytest --hypothesis-profile=long` looks for new cases.
 """
 
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ _COMMON = settings(deadline=None, print_blob=True, suppress_health_check=[Health
 settings.register_profile("ci", _COMMON, max_examples=40, derandomize=True, database=None)
 settings.register_profile("long", _COMMON, max_examples=2000, derandomize=False)
 settings.load_profile("ci")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of which would take all cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import compress
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
-_registries_of = operator.itemgetter(*_REGISTRIES)
+_registries_of: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*_REGISTRIES)
 _UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)

@@ -154,7 +154,7 @@ def test_each_promise_has_a_file_and_a_test() -> None:
 
 def test_readme_commands() -> None:
     """CI tests by the very command that the README gives."""
-    command = 'pip install -e ".[dev]" && pytest'
+    command = 'pip install -e ".[dev]" && pytest -n auto'
     readme = (ROOT / "README.md").read_text()
     assert f"{command}\n" in readme
     assert command in (ROOT / ".ci" / "run").read_text()

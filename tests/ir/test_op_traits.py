@@ -405,7 +405,7 @@ NORMS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize(("function", "spelt"), NORMS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("function", "spelt"), NORMS, ids=lambda each: torch.typename(each)[:40])
 def test_statistics_that_are_updated_are_written(function: Any, spelt: str, flag: bool) -> None:
     """Though some schemas do not say so, nor do version counters."""
     graph = fx.Graph()
