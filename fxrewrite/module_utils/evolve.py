@@ -7,15 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .state import REGISTRIES
 from .torch_private import COMPILED_CALL
 
 M = TypeVar("M", bound=nn.Module)
-
-
-# Where every module keeps its parameters, buffers, children and hooks.
-_REGISTRIES = tuple(
-    name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
-)
 
 
 def evolve(module: M, /, **changes: Any) -> M:
@@ -40,7 +35,7 @@ def evolve(module: M, /, **changes: Any) -> M:
     new = type(module).__new__(type(module))
     state = new.__dict__
     state.update(module.__dict__)
-    for registry in _REGISTRIES:
+    for registry in REGISTRIES:
         state[registry] = state[registry].copy()
     state.pop(COMPILED_CALL, None)
     for name, value in changes.items():

@@ -10,14 +10,16 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
 
 _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
-_registries_of: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*_REGISTRIES)
+# Where every module keeps its parameters, buffers, children and hooks.
+REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+_registries_of: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*REGISTRIES)
 _UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
@@ -42,7 +44,7 @@ class Stamp:
     """
 
     def __init__(self, things: Iterable[Any]) -> None:
-        self._parts: list[_Container] = []
+        self._parts: list[_Container | _Tensor] = []
         self._versions: list[tuple[torch.Tensor, object, str, str]] = []
         for each in things:
             if isinstance(each, nn.Module):
@@ -60,13 +62,20 @@ class Stamp:
                 if each is not None:
                     self._versions.append((each, version_of(each), kind, key))
 
-    def __enter__(self) -> Stamp:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
-            for part, _name in changes(self._parts):
-                part.restore()
+            self.restore()
+
+    def restore(self) -> list[str]:
+        """Put everything back as it was, and name what was changed, or at least written to."""
+        found = []
+        for part, name in changes(self._parts):
+            found.append(name)
+            part.restore()
+        return found
 
     def difference(self) -> str | None:
         """The first thing that has changed since, in words, or None."""
@@ -78,11 +87,11 @@ class Stamp:
         return None
 
 
-class Snapshot:
+class Snapshot(Stamp):
     """All that is reached from some modules and tensors: attributes, registries, contents.
 
-    As a context, it puts everything back when an error leaves it. It is entered twice where Ctrl-C
-    may come while it does so.
+    As a context, it puts back numbers as well. It is entered twice where Ctrl-C may come while it
+    does so.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = Snapshot([layer])
@@ -135,7 +144,7 @@ class Snapshot:
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
         self._parts.append(_Module(path, module))
-        for key in compress(_REGISTRIES, _registries(state)):
+        for key in compress(REGISTRIES, _registries(state)):
             if key in self._skipped:
                 self._parts.append(_Container(path, state[key]))
             else:
@@ -146,13 +155,6 @@ class Snapshot:
             if type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
                 self._visit((path, key), each)
 
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            self.restore()
-
     def difference(self, *, versions: bool = True) -> str | None:
         """The first thing that has changed since, in words, or None.
 
@@ -162,14 +164,6 @@ class Snapshot:
         for part, name in changes(self._parts, versions):
             return f"the tensor {name}" if isinstance(part, _Tensor) else name
         return None
-
-    def restore(self) -> list[str]:
-        """Put everything back as it was, and name what was changed, or at least written to."""
-        found = []
-        for part, name in changes(self._parts):
-            found.append(name)
-            part.restore()
-        return found
 
 
 def changes(parts: Iterable[_Part], versions: bool = True) -> Iterator[tuple[_Part, str]]:
@@ -236,7 +230,7 @@ class _Module(_Container):
 
     def _newly_filled(self) -> list[str]:
         was_filled = set(map(id, self.filled))
-        pairs = zip(_REGISTRIES, _registries(self.now), strict=True)
+        pairs = zip(REGISTRIES, _registries(self.now), strict=True)
         return [name for name, each in pairs if each and id(each) not in was_filled]
 
 
@@ -249,7 +243,7 @@ def _registries(state: dict[str, Any]) -> tuple[Any, ...]:
     try:
         return _registries_of(state)
     except KeyError:  # what torch.jit made of a module lacks some
-        return tuple(map(state.get, _REGISTRIES))
+        return tuple(map(state.get, REGISTRIES))
 
 
 class _Tensor:
