@@ -57,10 +57,10 @@ class Stamp:
         path = (None, kind)
         self._parts.append(part := _Module(path, module))
         self._parts += [_Container(path, each) for each in part.filled]
-        for held in (module._parameters, module._buffers):
-            for key, each in held.items():
-                if each is not None:
-                    self._versions.append((each, version_of(each), kind, key))
+        held = (*module._parameters.items(), *module._buffers.items())
+        self._versions += [
+            (each, version_of(each), kind, key) for key, each in held if each is not None
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -212,13 +212,14 @@ class _Module(_Container):
     def __init__(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
         self.path, self.now, self.before = path, state, state.copy()
-        self.module, self.type, self.filled = module, type(module), _filled(state)
+        self.module, self.type = module, type(module)
+        self.filled = [*filter(None, _registries(state))]
 
     def change(self, versions: bool) -> str | None:
         if type(self.module) is not self.type:
             return "__class__"
         changed = _Container.change(self, versions)
-        if changed is None and len(_filled(self.now)) > len(self.filled):
+        if changed is None and len([*filter(None, _registries(self.now))]) > len(self.filled):
             return self._newly_filled()[0]
         return changed
 
@@ -232,11 +233,6 @@ class _Module(_Container):
         was_filled = set(map(id, self.filled))
         pairs = zip(REGISTRIES, _registries(self.now), strict=True)
         return [name for name, each in pairs if each and id(each) not in was_filled]
-
-
-def _filled(state: dict[str, Any]) -> list[Any]:
-    """The registries of a module with something in them."""
-    return list(filter(None, _registries(state)))
 
 
 def _registries(state: dict[str, Any]) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ since the first release of torch, and its public iterators are many times slower
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import weakref
 from collections.abc import Container, Iterator
@@ -67,7 +66,10 @@ NEEDED_TO_COMPILE = {
 """Without one of these `backend` or `inductor_pass` raises an error that names it."""
 
 REPLACED = {
-    "torch.nn.modules.module._has_any_global_hook": "what a rewrite would bypass",
+    "torch.nn.modules.module._global_forward_hooks": "what a rewrite would bypass",
+    "torch.nn.modules.module._global_forward_pre_hooks": "the same",
+    "torch.nn.modules.module._global_backward_hooks": "the same",
+    "torch.nn.modules.module._global_backward_pre_hooks": "the same",
     "torch.Tensor._backward_hooks": "the same",
     "torch.Tensor._post_accumulate_grad_hooks": "the same",
     "torch.Tensor._version": "whether a tensor was written to",
@@ -143,7 +145,7 @@ HOOKS = tuple(
 """The registries of a module's hooks, those of its forward first."""
 
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS if "ward" in name)
+_GLOBAL_HOOKS = tuple(n.rpartition(".")[2] for n in REPLACED if "._global_" in n)
 
 COMPILED_CALL = "_compiled_call_impl"
 """The attribute in which `nn.Module.compile` leaves what it made of the module."""
@@ -157,15 +159,17 @@ except ImportError:  # then such functions have arguments without names, and mat
     boolean_dispatched = weakref.WeakKeyDictionary()
 
 
+def global_hooks() -> list[dict[int, Any] | None]:
+    """The registries of hooks that torch calls for every module; None for one that it lacks."""
+    return [getattr(nn_module, name, None) for name in _GLOBAL_HOOKS]
+
+
 def global_hook_refusal() -> str | None:
     """Why no module may be rewritten: torch calls some hook for every module, or does not tell."""
-    any_hook = getattr(nn_module, "_has_any_global_hook", None)
-    if any_hook is None:  # as in older releases
-        registries = [getattr(nn_module, name, None) for name in _GLOBAL_HOOKS]
-        if any(each is None for each in registries):
-            return f"torch {torch.__version__} does not tell whether there are global module hooks"
-        any_hook = functools.partial(any, registries)
-    if any_hook():
+    registries = global_hooks()
+    if None in registries:
+        return f"torch {torch.__version__} does not tell whether there are global module hooks"
+    if any(registries):
         return "a global module hook is registered, which a rewrite would bypass; remove it first"
     return None
 

@@ -9,12 +9,22 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import torch
+from torch import nn
 
 
 def line_of(frame: FrameType) -> str:
     """Where a frame is: file, number and text of the line."""
     code = frame.f_code
     at = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
+    return f"{at.filename}:{at.lineno}: {at.line}"
+
+
+def first_line(module: nn.Module) -> str:
+    """Where the forward of a module begins; empty where it is not written in Python."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None:
+        return ""
+    at = traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)
     return f"{at.filename}:{at.lineno}: {at.line}"
 
 
@@ -38,3 +48,8 @@ def is_of_a_forward(code: CodeType) -> bool:
         return not path.endswith("nn/modules/module.py")
     is_python = path.startswith(_PYTHON) and "site-packages" not in path
     return not is_python and not path.startswith(_NOT_WATCHED)
+
+
+def is_torchs_own(code: CodeType) -> bool:
+    """Whether a function is torch's, such as the forward of a container."""
+    return code.co_filename.startswith(f"{_TORCH}/")

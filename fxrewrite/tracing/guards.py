@@ -217,6 +217,8 @@ class Watch:
         if kind is None:
             raise Unclear
         answer = issubclass(kind, types)
+        if issubclass(Proxy, types) and not answer:  # it is told that this is one
+            raise Unclear
         if value.node.op == "get_attr" and issubclass(nn.Parameter, types) is not answer:
             raise Unclear
         if is_sure:

@@ -12,7 +12,15 @@ from torch import fx, nn
 from ..module_utils.hooks import has_hooks
 from .passages import Passage, Passages
 from .stops import Stop
-from .tracer import LeafModules, Traced, attempt, has_no_forward, is_compiled, keeps_whole
+from .tracer import (
+    LeafModules,
+    Traced,
+    attempt,
+    has_no_forward,
+    is_compiled,
+    keeps_whole,
+    module_path,
+)
 
 
 @attrs.define(eq=False, slots=False)
@@ -49,7 +57,7 @@ class Part:
 
     @functools.cached_property
     def _paths(self) -> dict[str, list[str]]:
-        return {node.name: _module_path(node) for node in self._nodes}
+        return {node.name: module_path(node) for node in self._nodes}
 
     @functools.cached_property
     def _recorded(self) -> Passages | None:
@@ -139,7 +147,7 @@ class Parts:
         self.parts += parts
         nodes = [node for part in parts for node in part.graph.nodes]
         if not parts or traced.graph is None:
-            self._open(name, {path for node in nodes for path in _module_path(node)})
+            self._open(name, {path for node in nodes for path in module_path(node)})
         if not parts or (not self.stops and not self._in_leaves):
             return
         for target in dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module"):
@@ -216,12 +224,6 @@ def _part(name: str, traced: Traced, again: Callable[[], Traced]) -> Part | None
     undecided |= {""} if traced.graph is None else set()
     constants = {_join(name, key): value for key, value in traced.constants.items()}
     return Part(name, graph, constants, frozenset(undecided), again)
-
-
-def _module_path(node: fx.Node) -> list[str]:
-    """The modules whose forwards were under way when a node was made, outermost first."""
-    paths = [str(each[0]) for each in node.meta.get("nn_module_stack", {}).values()]
-    return paths[:-1] if node.op == "call_module" else paths
 
 
 def _callable_children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

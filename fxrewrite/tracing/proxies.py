@@ -9,6 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.graph import inplace_methods
 
+from .forward_code import is_of_a_forward
+from .stops import NotInGraphError
+
 
 class Proxy(fx.Proxy):
     """A value to trace with.
@@ -17,6 +20,14 @@ class Proxy(fx.Proxy):
     whatever else is `x`, or a view of it, misses the write. A forward that asks is told the type
     that it stands for.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what FX sets; what a forward sets would be lost with this value."""
+        if name not in ("node", "tracer") and is_of_a_forward(sys._getframe(1).f_code):
+            raise NotInGraphError(
+                f"it sets the attribute {name} of a tensor, which a graph does not"
+            )
+        super().__setattr__(name, value)
 
     def __hash__(self) -> int:
         """Its identity; a forward that looks it up somewhere by that is noted."""

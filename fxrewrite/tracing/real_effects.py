@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from ..module_utils.state import Snapshot, changes
 from ..module_utils.torch_private import TorchDispatchMode
-from .forward_code import is_of_a_forward, line_of
+from .forward_code import first_line, is_of_a_forward, line_of
 from .stops import NotInGraphError
 
 
@@ -24,10 +25,11 @@ class Draws:
 
     Args:
         tracer: a tracer of our own. It is changed in place.
+        held: generators that the model has itself.
     """
 
-    def __init__(self, tracer: fx.Tracer) -> None:
-        self.line = ""
+    def __init__(self, tracer: fx.Tracer, held: Sequence[Any]) -> None:
+        self.line, self._held = "", held
         self._call_module, self._outside = tracer.call_module, sys.getprofile()
         tracer.call_module = self._call  # type: ignore[method-assign, assignment]
 
@@ -38,27 +40,30 @@ class Draws:
         sys.setprofile(self._outside)
 
     def _on_call(self, frame: FrameType, event: str, called: Any) -> None:
-        """Note the line of a forward that calls a method of a generator."""
-        owner = getattr(called, "__self__", None) if event == "c_call" else None
-        is_numpy = type(owner).__module__.startswith("numpy.random")
-        if not self.line and (is_numpy or isinstance(owner, random.Random)):
+        """Note the line of a forward that calls a method of a generator of Python's."""
+        if event != "c_call" or called.__name__.endswith("state"):  # which we ask for, to compare
+            return
+        if not self.line and isinstance(getattr(called, "__self__", None), random.Random):
             caller: FrameType | None = frame
             while caller is not None and not is_of_a_forward(caller.f_code):
                 caller = caller.f_back
             self.line = "" if caller is None else line_of(caller)
 
     def _call(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        before = Generators()
+        before = Generators(self._held)
         result = self._call_module(module, forward, args, kwargs)
         if (drawn := before.difference()) is not None:
             before.restore()
-            raise self.error(drawn)
+            raise self.error(drawn, module)
         return result
 
-    def error(self, drawn: str) -> NotInGraphError:
-        """The error for what draws from this generator."""
+    def error(self, drawn: str, module: nn.Module) -> NotInGraphError:
+        """The error for a module that draws from this generator, in whatever line of its forward.
+
+        Python tells nothing of calls of NumPy.
+        """
         line, self.line = self.line, ""
-        return NotInGraphError(draws(drawn), line)
+        return NotInGraphError(draws(drawn), line or first_line(module))
 
 
 def draws(what: str) -> str:
@@ -67,11 +72,21 @@ def draws(what: str) -> str:
 
 
 class ModelState(Snapshot):
-    """A snapshot of a model that can also be compared with a part of it."""
+    """A snapshot of a model that can also be compared with a part of it.
+
+    `generators` are those of random numbers that the model has.
+    """
 
     def __init__(self, model: nn.Module, skipped: Collection[str]) -> None:
         self._places: dict[int, slice] = {}
+        self.generators: list[Any] = []
         super().__init__({"": model}, skipped=skipped)
+
+    @override
+    def _visit(self, path: Any, value: Any) -> None:
+        if _is_generator(value):
+            self.generators.append(value)
+        super()._visit(path, value)
 
     @override
     def _visit_module(self, path: Any, module: nn.Module) -> None:
@@ -134,28 +149,55 @@ class NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Generators:
-    """What Python's, NumPy's and torch's global generators of random numbers would draw next."""
+    """What generators of random numbers would draw next: the global ones, and those of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Any] = ()) -> None:
         numpy = sys.modules.get("numpy")
-        self._python = random.getstate()
-        self._numpy: Any = None if numpy is None else numpy.random.get_state()
-        self._torch = torch.get_rng_state()
+        known: list[_Known] = [("Python's random", random.getstate, random.setstate)]
+        known.append(("torch's generator", torch.get_rng_state, torch.set_rng_state))
+        if numpy is not None:
+            get = functools.partial(numpy.random.get_state, legacy=False)
+            known.append(("numpy.random", get, numpy.random.set_state))
+        self._states = [(*each, each[1]()) for each in (*known, *map(_accessors, held))]
 
     def difference(self) -> str | None:
         """Which of them has been drawn from since, in words, or None."""
-        now = Generators()
-        if now._python != self._python:
-            return "Python's random"
-        if self._numpy is not None:
-            (_, mine, *rest), (_, others, *more) = self._numpy, now._numpy
-            if rest != more or mine.tobytes() != others.tobytes():
-                return "numpy.random"
-        return None if torch.equal(now._torch, self._torch) else "torch's generator"
+        return next((name for name, get, _, was in self._states if not _equal(get(), was)), None)
 
     def restore(self) -> None:
         """Let them draw the same once more."""
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
+        for _, _, put, was in self._states:
+            put(was)
+
+
+_Known: TypeAlias = tuple[str, Callable[[], Any], Callable[[Any], object]]
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether it draws random numbers, and can tell which ones come next."""
+    kinds: tuple[Any, ...] = (random.Random, torch.Generator)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+
+
+def _accessors(generator: Any) -> _Known:
+    """What a generator is called, and how its state is read and set."""
+    name = f"a {torch.typename(generator)} of its own"
+    if isinstance(generator, random.Random):
+        return name, generator.getstate, generator.setstate
+    if isinstance(generator, torch.Generator):
+        return name, generator.get_state, generator.set_state
+    if hasattr(generator, "bit_generator"):
+        bits = generator.bit_generator
+        return name, lambda: bits.state, functools.partial(setattr, bits, "state")
+    return name, functools.partial(generator.get_state, legacy=False), generator.set_state
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_equal(each, other[key]) for key, each in one.items())
+    same = one == other
+    return bool(same.all() if hasattr(same, "all") else same)

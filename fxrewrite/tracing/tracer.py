@@ -20,12 +20,15 @@ from ..module_utils.names import fresh_name, parent_name
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
 from .error_recovery import answer_questions, tolerant
+from .forward_code import is_torchs_own
 from .guards import Watch
 from .passages import Passages, Recorder
 from .proxies import Proxy
 from .real_effects import ChangedError, Draws, Generators, ModelState, NoDraws, check_calls
-from .stops import Stop, stop
+from .repetition import first_difference, not_repeated, note_lines
+from .stops import NotInGraphError, Stop, stop
 from .thread_guard import watched
+from .torch_state import TorchState
 
 LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
 
@@ -60,7 +63,7 @@ class Traced:
 
     A submodule that could not is one node of the graph; where the model itself could not, there is
     no graph, but the `fragment` that was traced before the forward raised. `passages` are there if
-    they were asked for.
+    they were asked for, and the `lines` of nodes where tracing was precise.
     """
 
     graph: fx.Graph | None
@@ -70,6 +73,7 @@ class Traced:
     assumptions: tuple[Assumption, ...] = ()
     fragment: fx.Graph | None = None
     passages: Passages | None = None
+    lines: Mapping[str, str] = attrs.field(factory=dict)
 
     @property
     def seen(self) -> fx.Graph | None:
@@ -201,17 +205,60 @@ def _settled(
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
     while True:
-        found, changed = _traced(model, (*leaves, *changing), tracer, left_out, record, guess)
-        if not changed:
-            return attrs.evolve(found, stops=(*changing.values(), *found.stops))
+        again = functools.partial(
+            _traced, model, (*leaves, *changing), tracer, left_out, record, guess
+        )
+        found, changed = again()
         for name in changed:
             owner = _owner(model, name, changing)
             kind = type(model.get_submodule(owner)).__name__
             reason = f"its forward changes {name}, which a graph can't do for it"
             changing.setdefault(owner, Stop(owner, kind, "", reason, ""))
+        if not changed:
+            # A guess gives a fragment, in which a frozen number makes no difference.
+            if record or guess is not None or (unlike := _unlike(model, found, again)) is None:
+                return attrs.evolve(found, stops=(*changing.values(), *found.stops))
+            path, error = unlike
+            owner = _owner(model, f"{path}.forward".lstrip("."), changing)
+            changing.setdefault(owner, stop(model, owner, error))
         if "" in changing:
             stops = changing.pop(""), *changing.values()
             return attrs.evolve(found, graph=None, fragment=found.seen, stops=stops)
+
+
+def _unlike(
+    model: nn.Module, found: Traced, again: Callable[..., tuple[Traced, list[str]]]
+) -> tuple[str, NotInGraphError] | None:
+    """A module whose forward another trace shows to be another each time, and how; or None."""
+    if found.graph is None or _is_torchs_own(model, found.graph):
+        return None
+    difference = _difference(found, again()[0])
+    if difference is None:
+        return None
+    node, how = difference
+    around = module_path(node)
+    lines = again(precisely=True)[0].lines  # which take a pass of their own
+    return around[-1] if around else "", not_repeated(how, lines.get(node.name, ""))
+
+
+def _is_torchs_own(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether all that a graph was traced through are containers of torch, and the like."""
+    names = {"", *(name for node in graph.nodes for name in module_path(node))}
+    forwards = [type(model.get_submodule(name)).forward for name in names]
+    codes = [getattr(each, "__code__", None) for each in forwards]
+    return all(code is not None and is_torchs_own(code) for code in codes)
+
+
+def _difference(one: Traced, other: Traced) -> tuple[fx.Node, str] | None:
+    if one.graph is None or other.graph is None:
+        return None
+    return first_difference(one.graph, other.graph, one.constants, other.constants)
+
+
+def module_path(node: fx.Node) -> list[str]:
+    """The modules whose forwards were under way when a node was made, outermost first."""
+    paths = [str(each[0]) for each in node.meta.get("nn_module_stack", {}).values()]
+    return paths[:-1] if node.op == "call_module" else paths
 
 
 def _owner(model: nn.Module, name: str, leaves: Container[str]) -> str:
@@ -245,13 +292,15 @@ def _traced(
     own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
     if guess is not None:
         answer_questions(own, guess)
-    found_draws = Draws(own) if precisely else None
-    raised = tolerant(own, names)
     # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
     skipped = ("_parameters", "_buffers") if own.proxy_buffer_attributes else ("_parameters",)
-    before, generators = ModelState(model, skipped), Generators()
+    before = ModelState(model, skipped)
+    generators = Generators(before.generators)
+    found_draws = Draws(own, before.generators) if precisely else None
+    raised = tolerant(own, names)
     check_calls(own, before, of_all=precisely)
-    watched(own)
+    watched(own, outside := TorchState())
+    lines = note_lines(own) if precisely else {}
     watch = Watch(own, model, left_out)
     recorder = Recorder(own) if record else None
     known, graph, fragment = set(model.__dict__), None, None
@@ -267,10 +316,12 @@ def _traced(
         except Exception as error:
             raised[""] = error
             fragment = getattr(own, "graph", None)
+        finally:
+            outside.restore()
         if (drawn := generators.difference()) is not None:
             generators.restore()
             if found_draws is not None:
-                raised.setdefault("", found_draws.error(drawn))
+                raised.setdefault("", found_draws.error(drawn, model))
             graph, fragment = None, graph or fragment
         # A tensor made in the forward becomes a constant, which FX leaves on the model.
         found = {name: model.__dict__[name] for name in model.__dict__.keys() - known}
@@ -295,7 +346,16 @@ def _traced(
     constants |= {name: each for name, each in watch.expectations.items() if name in checks}
     passages = None if recorder is None else recorder.passages
     return (
-        Traced(graph, constants, stops, reads_buffers, assumptions, fragment, passages),
+        Traced(
+            graph,
+            constants,
+            stops,
+            reads_buffers,
+            assumptions,
+            fragment,
+            passages,
+            lines,
+        ),
         changed,
     )
 

@@ -24,6 +24,12 @@ CONVS: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
 NORMS: list[Any] = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 
 
+def tagged(x: Any) -> Any:
+    """A value times what was just noted on it."""
+    x.tag = 2.0
+    return x * x.tag
+
+
 def doubled(x: Any) -> Any:
     return x * 2
 
@@ -389,12 +395,13 @@ class Block:
         self.lines.append(after.format(name))
 
     def outside(self) -> None:
-        """A draw, or a question to torch."""
+        """A draw, a question to torch, or an attribute of a value."""
         text = self.one(
             "{} + torch.rand(1, dtype={}.dtype)",
             "{} * torch.rand(()).item()",
             "{} * (2.0 if torch.is_grad_enabled() else 1.0)",
             "{} * (2.0 if torch.is_inference_mode_enabled() else 1.0)",
+            "this.tagged({})",
         )
         value = self.value()
         self.set(text.replace("{}", value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,19 +110,20 @@ def test_the_rest_has_no_such_name() -> None:
         torch_private.nothing_of_the_sort  # type: ignore[attr-defined] # noqa: B018
 
 
-def _any_global_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registries are read instead; where one is gone as well, nothing is folded."""
-    monkeypatch.delattr(nn_module, "_has_any_global_hook", raising=False)
+def _global_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of the registries is gone, nothing is folded."""
     assert len(fxr.plan(conv_bn(), "conv_bn").applied) == 1
-    handle = nn_module.register_module_forward_hook(lambda *_: None)
-    try:
-        assert not fxr.plan(conv_bn(), "conv_bn").applied
-    finally:
-        handle.remove()
-    monkeypatch.delattr(nn_module, "_global_forward_pre_hooks")
-    report = fxr.plan(conv_bn(), "conv_bn")
-    assert not report.applied
-    assert "does not tell whether there are global module hooks" in str(report)
+    for name in GLOBAL_HOOKS:
+        with monkeypatch.context() as patch:
+            patch.delattr(nn_module, name)
+            report = fxr.plan(conv_bn(), "conv_bn")
+        assert not report.applied
+        assert "does not tell whether there are global module hooks" in str(report)
+
+
+GLOBAL_HOOKS = [
+    each for each in dir(nn_module) if re.fullmatch("_global_.*ward(_pre)?_hooks", each)
+]
 
 
 def _tensor_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +263,7 @@ def _static_input_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REPLACED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "torch.nn.modules.module._has_any_global_hook": _any_global_hook,
+    **{f"torch.nn.modules.module.{name}": _global_hooks for name in GLOBAL_HOOKS},
     "torch.Tensor._backward_hooks": _tensor_hooks,
     "torch.Tensor._post_accumulate_grad_hooks": _tensor_hooks,
     "torch.Tensor._version": _version,

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from nets import X, bn, conv, randomise
-from torch import nn
+from torch import fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import fxrewrite as fxr
+from fxrewrite.tracing.torch_state import TorchState
 
 COUNT = 0
 
@@ -54,6 +56,58 @@ def inside_a_container(m: Any, x: torch.Tensor) -> Any:
 
 
 STATES = [batch_statistics, hook, attribute, own_forward, inside_a_container]
+
+
+def a_parameters_data(m: Any, x: torch.Tensor) -> Any:
+    before, m.bn.weight.data = m.bn.weight.data, m.bn.weight.data * 2
+    y = m.bn(m.conv(x))
+    m.bn.weight.data = before
+    return y
+
+
+def a_note_on_a_value(m: Any, x: torch.Tensor) -> Any:
+    y = m.bn(m.conv(x))
+    y.scale = 2.0
+    return y * y.scale
+
+
+def gradients(m: Any, x: torch.Tensor) -> Any:
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    y = m.bn(m.conv(x))
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    return y
+
+
+def default_dtype(m: Any, x: torch.Tensor) -> Any:
+    torch.set_default_dtype(torch.float64)
+    y = m.bn(m.conv(x)) * torch.ones(()).element_size()
+    torch.set_default_dtype(torch.float32)
+    return y
+
+
+def autocast(m: Any, x: torch.Tensor) -> Any:
+    torch.set_autocast_enabled("cpu", True)
+    y = m.bn(m.conv(x))
+    torch.set_autocast_enabled("cpu", False)
+    return y
+
+
+def determinism(m: Any, x: torch.Tensor) -> Any:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    y = m.bn(m.conv(x))
+    torch.use_deterministic_algorithms(False)
+    return y
+
+
+def global_hook(m: Any, x: torch.Tensor) -> Any:
+    handle = register_module_forward_hook(lambda module, args, y: y * 2 if module is m.bn else None)
+    y = m.bn(m.conv(x))
+    handle.remove()
+    return y
+
+
+OF_VALUES = [a_parameters_data, a_note_on_a_value]
+OF_TORCH = [gradients, default_dtype, autocast, determinism, global_hook]
 DRAWS: dict[str, Callable[[Any, Any], Any]] = {
     "torch.randn": lambda m, x: m.bn(m.conv(x)) + torch.randn(4, 1, 1),
     "a number": lambda m, x: m.bn(m.conv(x)) * torch.rand(1).item(),
@@ -62,6 +116,9 @@ DRAWS: dict[str, Callable[[Any, Any], Any]] = {
     "a permutation": lambda m, x: m.bn(m.conv(x))[:, torch.randperm(4)],
     "random": lambda m, x: m.bn(m.conv(x)) * (2.0 if random.random() < 0.5 else 1.0),
     "numpy": lambda m, x: m.bn(m.conv(x)) * float(np.random.rand()),
+    "Python's own": lambda m, x: m.bn(m.conv(x)) * m.python.random(),
+    "numpy's own": lambda m, x: m.bn(m.conv(x)) * float(m.numpy.random()),
+    "numpy's older": lambda m, x: m.bn(m.conv(x)) * float(m.older.rand()),
 }
 
 
@@ -89,6 +146,8 @@ class Net(nn.Module):
         self.conv, self.bn, self.drop = conv(), bn(), nn.Dropout()
         self.seq = nn.Sequential(conv(), bn())
         self.generator = torch.Generator()
+        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
+        self.older = np.random.RandomState(0)
 
 
 def net(forward: Callable[..., Any]) -> Any:
@@ -107,7 +166,9 @@ def outputs(model: Any) -> list[torch.Tensor]:
     return [model(X).detach(), model(X).detach()]
 
 
-@pytest.mark.parametrize("forward", [*STATES, *DRAWS.values(), *ASKED.values()])
+@pytest.mark.parametrize(
+    "forward", [*STATES, *OF_VALUES, *OF_TORCH, *DRAWS.values(), *ASKED.values()]
+)
 def test_a_model_that_does_more_than_a_graph_can_goes_into_the_module_tree(forward: Any) -> None:
     """And computes there what it did."""
     model = net(forward)
@@ -141,6 +202,21 @@ def test_of_a_model_with_a_part_that_draws_the_rest_is_rewritten(forward: Any) -
     assert random.getstate() == states[0]
     assert np.random.get_state()[2] == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("forward", OF_TORCH)
+def test_torchs_state_is_put_back_where_tracing_stops_in_a_forward(forward: Any) -> None:
+    """Which then does not get to do so itself."""
+    before = TorchState()
+    fxr.rewrite(net(forward), "conv_bn")
+    assert before.difference() is None
+
+
+def test_a_value_is_no_proxy_to_a_graph_that_is_run() -> None:
+    """It is one while FX traces, and a graph would go by that."""
+    model = net(lambda m, x: m.bn(m.conv(x)) * (2.0 if isinstance(x, fx.Proxy) else 1.0))
+    with pytest.raises(fxr.errors.TraceError, match="it asks what a value is"):
+        fxr.rewrite(model, "conv_bn", into="graph")
 
 
 def test_a_graph_checks_whether_gradients_are_enabled() -> None:
