@@ -59,9 +59,9 @@ def rewritten(
 
 
 def norms(model: nn.Module) -> list[str]:
-    """The names of the batch norms that a model has."""
+    """The names of the batch norms that a model has, in alphabetical order."""
     kind = nn.modules.batchnorm._BatchNorm
-    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+    return sorted(name for name, each in model.named_modules() if isinstance(each, kind))
 
 
 def folded(model: nn.Module, x: torch.Tensor, applied: int) -> tuple[fx.GraphModule, fxr.Report]:
