@@ -84,10 +84,11 @@ def norms_called(made: fx.GraphModule) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize("form", ["modules", "sync", "aten"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("form", "bias"), [("modules", True), ("modules", False), ("sync", True), ("aten", True)]
+)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_basic(layer: Any, bias: bool, form: str) -> None:
+def test_basic(layer: Any, form: str, bias: bool) -> None:
     """Behind each kind of layer the norm goes: as a module, synchronised or not, and as ATen's."""
     model, x = case(ConvOp, layer, bias, sync=form == "sync")
     given = decomposed(model, x) if form == "aten" else model
@@ -97,12 +98,12 @@ def test_basic(layer: Any, bias: bool, form: str) -> None:
     assert difference(model, made, x) <= 1e-9
 
 
-@pytest.mark.parametrize("aten", [False, True], ids=["modules", "aten"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_basic_with_several_users(layer: Any, aten: bool) -> None:
+@pytest.mark.parametrize("form", ["modules", "aten"])
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv2d, nn.ConvTranspose2d])
+def test_basic_with_several_users(layer: Any, form: str) -> None:
     """Of four calls of norms three go, as in theirs; the fourth reads what a sum reads, too."""
     model, x = case(MultiUserConvOp, layer, True)
-    given = decomposed(model, x) if aten else model
+    given = decomposed(model, x) if form == "aten" else model
     assert norms_called(fx.symbolic_trace(given)) == 4
     made, _ = rewritten(given, "affine", x, example_inputs=x)
     assert norms_called(made) == 1
@@ -222,8 +223,7 @@ def test_conv_binary_folding_of_an_unknown_rank() -> None:
     assert model(x[0]).dim() == 4
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("conv", CONVS.values())
+@pytest.mark.parametrize(("conv", "bias"), [*zip(CONVS.values(), [True, False, True], strict=True)])
 def test_conv_bn_folding(conv: Any, bias: bool) -> None:
     """An exported program that is decomposed has the convolution left, and nothing more."""
     model, x = case(ConvOp, conv, bias)

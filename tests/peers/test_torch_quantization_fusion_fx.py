@@ -84,12 +84,11 @@ def test_linear_tanh_not_fused_by_default() -> None:
 class AddRelu(nn.Module):
     """A convolution, a norm or none, a sum on either side with a convolution or input, a ReLU."""
 
-    def __init__(self, add: Any, with_bn: bool, left: bool, two: bool, with_relu: bool) -> None:
+    def __init__(self, add: Any, with_bn: bool, left: bool, two: bool) -> None:
         super().__init__()
         self.conv, self.other = nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 2) if two else None
         self.bn = nn.BatchNorm2d(4) if with_bn else nn.Identity()
-        self.relu = nn.ReLU() if with_relu else nn.Identity()
-        self.add, self.left = add, left
+        self.relu, self.add, self.left = nn.ReLU(), add, left
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         made = self.bn(self.conv(x))
@@ -97,16 +96,13 @@ class AddRelu(nn.Module):
         return self.relu(self.add(made, y) if self.left else self.add(y, made))
 
 
-@pytest.mark.parametrize("with_relu", [True, False])
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("add", [torch.add, operator.add])
-def test_fuse_conv_bn_add_relu_by_default(
-    add: Any, with_bn: bool, left: bool, two: bool, with_relu: bool
-) -> None:
+def test_fuse_conv_bn_add_relu_by_default(add: Any, with_bn: bool, left: bool, two: bool) -> None:
     """The norm goes on either side of a sum, however it is written; sum and ReLU stay."""
-    model = randomise(AddRelu(add, with_bn, left, two, with_relu)).double()
+    model = randomise(AddRelu(add, with_bn, left, two)).double()
     inputs = (random_input((1, 4, 3, 3)), random_input((1, 4, 2, 2), seed=1))
     made, report = rewritten(model, "conv_bn", *inputs)
     assert norms(made) == []
@@ -117,7 +113,7 @@ def test_fuse_conv_bn_add_relu_by_default(
 
 def test_fuse_conv_bn_add_relu_by_default_of_two_convolutions() -> None:
     """Unlike theirs, the set `inference` makes one convolution of two that are added."""
-    model = randomise(AddRelu(torch.add, True, True, True, True)).double()
+    model = randomise(AddRelu(torch.add, True, True, True)).double()
     inputs = (random_input((1, 4, 3, 3)), random_input((1, 4, 2, 2), seed=1))
     made, _ = rewritten(model, "inference", *inputs, example_inputs=inputs)
     assert [type(each) for each in made.children()] == [nn.Conv2d, nn.ReLU]
