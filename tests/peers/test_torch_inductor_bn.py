@@ -23,6 +23,8 @@ import fxrewrite as fxr
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 LAYERS: list[Any] = [nn.Linear, *CONVS.values(), *TRANSPOSED.values()]
 OPS = [torch.add, torch.sub, torch.mul, torch.div]
+# Each rank, and a bias or none.
+CONVS_AND_BIASES = [*zip(CONVS.values(), [True, False, True], strict=True)]
 
 
 def dims(layer: Any) -> int:
@@ -184,8 +186,7 @@ def check_binary(model: nn.Module, x: torch.Tensor, folds: bool, known: bool = T
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("conv", CONVS.values())
+@pytest.mark.parametrize(("conv", "bias"), CONVS_AND_BIASES)
 def test_conv_binary_folding(conv: Any, bias: bool, op: Any) -> None:
     """A number, or a tensor of one number per channel, goes into the convolution."""
     x = random_input((2, 3, *[4] * dims(conv)))
@@ -223,7 +224,7 @@ def test_conv_binary_folding_of_an_unknown_rank() -> None:
     assert model(x[0]).dim() == 4
 
 
-@pytest.mark.parametrize(("conv", "bias"), [*zip(CONVS.values(), [True, False, True], strict=True)])
+@pytest.mark.parametrize(("conv", "bias"), CONVS_AND_BIASES)
 def test_conv_bn_folding(conv: Any, bias: bool) -> None:
     """An exported program that is decomposed has the convolution left, and nothing more."""
     model, x = case(ConvOp, conv, bias)
@@ -247,8 +248,7 @@ def test_conv_bn_folding_by_the_decompositions_of_inductor() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize(("rank", "bias"), [(2, True), (3, False)])
 def test_linear_binary_folding(rank: int, bias: bool, op: Any) -> None:
     """A number per feature, or one, goes into a linear layer, unless it adds a dimension."""
     x = random_input((2, 4, 3)[3 - rank :])
