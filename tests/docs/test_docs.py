@@ -152,6 +152,25 @@ def test_each_promise_has_a_file_and_a_test() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(), promise
 
 
+PEER_ROW = re.compile(r"^\| (`test_\w+`) \| (.+?) \| ?(.*) \|$", re.MULTILINE)
+
+
+def test_each_test_of_a_peer_has_its_test_or_a_reason() -> None:
+    """docs/peers.md names each test in tests/peers/, and of what has none it says why."""
+    sections = (ROOT / "docs" / "peers.md").read_text().split("\n## ")[1:]
+    files = {re.search(r"tests/peers/\w+\.py", section)[0]: section for section in sections}
+    assert {ROOT / name for name in files} == set((ROOT / "tests" / "peers").glob("*.py"))
+    for name, section in files.items():
+        written = set(re.findall(r"^def (test_\w+)\(", (ROOT / name).read_text(), re.MULTILINE))
+        named = set()
+        for theirs, here, differs in PEER_ROW.findall(section):
+            tests = set(re.findall(r"`(\S+)`", here))
+            assert tests or (here == "none" and differs), theirs
+            assert theirs.strip("`") in tests or differs, theirs
+            named |= {each for each in tests if not (ROOT / each).is_file()}
+        assert named == written, name
+
+
 def test_readme_commands() -> None:
     """CI tests by the very command that the README gives."""
     command = 'pip install -e ".[dev]" && pytest -n auto'

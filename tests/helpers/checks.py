@@ -38,6 +38,32 @@ def largest_error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> fl
     return max(math.inf if each.mismatch else each.difference for each in checked)
 
 
+def difference(model: nn.Module, other: nn.Module, *inputs: torch.Tensor) -> float:
+    """How far what another model gives is from what this one gives, as `largest_error` has it."""
+    with torch.no_grad():
+        expected, found = (each(*(x.clone() for x in inputs)) for each in (model, other))
+    if isinstance(expected, torch.Tensor):
+        expected, found = [expected], [found]
+    return largest_error(list(expected), list(found))
+
+
+def rewritten(
+    model: nn.Module, rules: Any, *inputs: torch.Tensor, **options: Any
+) -> tuple[Any, fxr.Report]:
+    """`rewrite` of a model in float64: it is untouched, and the result equals it to 1e-9."""
+    before = Record(model.double())
+    made, report = fxr.rewrite(model, rules, **options)
+    before.assert_unchanged()
+    assert difference(model, made, *inputs) <= 1e-9
+    return made, report
+
+
+def norms(model: nn.Module) -> list[str]:
+    """The names of the batch norms that a model has, in alphabetical order."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return sorted(name for name, each in model.named_modules() if isinstance(each, kind))
+
+
 def folded(model: nn.Module, x: torch.Tensor, applied: int) -> tuple[fx.GraphModule, fxr.Report]:
     """`rewrite` with conv_bn, held to what holds for every model.
 
