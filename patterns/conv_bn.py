@@ -8,6 +8,8 @@ from torch import nn
 import fxrewrite as fxr
 
 from .affine import scale_and_shift, scaled_and_shifted
+from .held_norm import fold_held_norm
+from .own_forward import OwnForward
 
 _RANK: dict[type[nn.Module], int] = {
     nn.Conv1d: 1,
@@ -24,8 +26,8 @@ _HALF = (torch.float16, torch.bfloat16)
 class ConvBn:
     """A convolution whose only reader is a batch norm; what does nothing may stand between."""
 
-    x: fxr.Value
-    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | OwnForward
+    made: fxr.Value
     between: tuple[
         nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
         | nn.AlphaDropout | nn.FeatureAlphaDropout,
@@ -45,11 +47,11 @@ def same_rank(m: ConvBn) -> str | None:
 
 def reads_a_batch(m: ConvBn) -> str | None:
     """Of a tensor without a batch, a batch norm takes what comes second for the channels."""
-    if m.x.rank is None or m.x.rank == _rank(m.conv) + 2:
+    if m.made.rank is None or m.made.rank == _rank(m.conv) + 2:
         return None
     return (
-        f"the {_name(m.conv)} reads a {m.x.rank}-d tensor, which has no batch dimension; of that "
-        "the batch norm does not normalise the channels"
+        f"the {_name(m.conv)} makes a {m.made.rank}-d tensor, which has no batch dimension; of "
+        "that the batch norm does not normalise the channels"
     )
 
 
@@ -85,7 +87,9 @@ def fold_conv_bn(m: ConvBn) -> fxr.Replace:
 
 
 conv_bn = fxr.RuleSet(
-    "conv_bn", [fold_conv_bn], doc="Fold each batch norm into the convolution before it."
+    "conv_bn",
+    [fold_conv_bn, fold_held_norm],
+    doc="Fold each batch norm into the convolution before it.",
 )
 
 

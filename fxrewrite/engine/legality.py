@@ -76,7 +76,7 @@ def _module_refusal(site: Site, view: GraphView, any_mode: bool) -> str | None:
             continue
         inner = module.modules() if module._modules else (module,)
         reasons = (_state_refusal(each, view, any_mode) for each in inner)
-        reason = next(filter(None, reasons), None) or differs(type(module), link.step.modules)
+        reason = next(filter(None, reasons), None) or differs(module, link.step.modules)
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None

@@ -7,15 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .state import REGISTRIES
 from .torch_private import COMPILED_CALL
 
 M = TypeVar("M", bound=nn.Module)
 
-
-# Where every module keeps its parameters, buffers, children and hooks.
-_REGISTRIES = tuple(
-    name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
-)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
 def evolve(module: M, /, **changes: Any) -> M:
@@ -40,22 +38,27 @@ def evolve(module: M, /, **changes: Any) -> M:
     new = type(module).__new__(type(module))
     state = new.__dict__
     state.update(module.__dict__)
-    for registry in _REGISTRIES:
+    for registry in REGISTRIES:
         state[registry] = state[registry].copy()
     state.pop(COMPILED_CALL, None)
-    for name, value in changes.items():
-        if name in new._parameters:
-            new._parameters[name] = _parameter(module, module._parameters[name], value)
-        elif name in new._buffers:
-            new._buffers[name] = value
-        elif name in new._modules:
-            new._modules[name] = value
-        elif name in new.__dict__:
-            new.__dict__[name] = value
-        else:
+    held: Any = (new._parameters, new._buffers, new._modules, state)
+    for name, value in (changes | _derived(module, changes)).items():
+        found = next((each for each in held if name in each), None)
+        if found is None:
             known = ", ".join([*module._parameters, *module._buffers])
             raise AttributeError(f"{type(module).__name__} has no {name!r}; its tensors: {known}")
+        found[name] = _parameter(module, found[name], value) if found is held[0] else value
     return new
+
+
+def _derived(module: nn.Module, changes: dict[str, Any]) -> dict[str, Any]:
+    """What a convolution holds besides that is made of these, such as the padding by each side."""
+    kind = next((each for each in _CONVS if isinstance(module, each)), None)
+    if kind is None or changes.keys().isdisjoint(_GEOMETRY):
+        return {}
+    given = {name: changes.get(name, getattr(module, name)) for name in _GEOMETRY}
+    made = kind(1, 1, **given, device="meta").__dict__
+    return {k: v for k, v in made.items() if isinstance(v, tuple | list) and k in module.__dict__}
 
 
 def _parameter(
@@ -73,14 +76,7 @@ def _parameter(
 
 def same_module(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules are alike in all they hold, their tensors to the bit if they have any."""
-    if one is other:
-        return True
-    mine, theirs = one.__dict__, other.__dict__
-    return (
-        type(one) is type(other)
-        and mine.keys() == theirs.keys()
-        and all(_same(mine[name], theirs[name]) for name in mine)
-    )
+    return one is other or (type(one) is type(other) and _same(one.__dict__, other.__dict__))
 
 
 def differs_in_numbers(one: nn.Module, other: nn.Module) -> bool:

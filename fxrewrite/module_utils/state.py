@@ -16,7 +16,7 @@ from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
 _ABSENT = object()
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
+REGISTRIES = tuple(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict | set))
 _UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
 _ATTRIBUTES = ("requires_grad", "grad", *(n for n in TENSOR_HOOKS if hasattr(torch.Tensor, n)))
 _attributes_of = operator.attrgetter(*_ATTRIBUTES)
@@ -52,7 +52,7 @@ class Stamp:
 
     def _add(self, kind: str, module: nn.Module) -> None:
         self._parts.append(part := _Module((None, kind), module))
-        registries = compress(map(part.before.get, _REGISTRIES), part.filled)
+        registries = compress(map(part.before.get, REGISTRIES), part.filled)
         self._parts += [_Container((None, kind), each) for each in registries]
         for held in (module._parameters, module._buffers):
             for key, each in held.items():
@@ -134,7 +134,7 @@ class Snapshot:
     def _visit_module(self, path: _Path, module: nn.Module) -> None:
         state = module.__dict__
         self._parts.append(part := _Module(path, module))
-        for key in compress(_REGISTRIES, part.filled):
+        for key in compress(REGISTRIES, part.filled):
             if key in self._skipped:
                 self._parts.append(_Container(path, state[key]))
             else:
@@ -232,12 +232,12 @@ class _Module(_Container):
             self.now[name].clear()
 
     def _newly_filled(self) -> list[str]:
-        pairs = zip(_REGISTRIES, self.filled, strict=True)
+        pairs = zip(REGISTRIES, self.filled, strict=True)
         return [name for name, was_filled in pairs if not was_filled and self.now.get(name)]
 
 
 def _filled(state: dict[str, Any]) -> list[bool]:
-    return list(map(bool, map(state.get, _REGISTRIES)))
+    return list(map(bool, map(state.get, REGISTRIES)))
 
 
 class _Tensor:

@@ -19,7 +19,7 @@ from ..module_utils.hooks import has_hooks
 from ..module_utils.names import fresh_name, parent_name
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
-from .error_recovery import answer_questions, tolerant
+from .error_recovery import Answers, answer_questions, tolerant
 from .guards import Watch
 from .passages import Passages, Recorder
 from .proxies import Proxy
@@ -138,13 +138,14 @@ def attempt(
     left_out: Mapping[str, str] | None = None,
     *,
     record: bool = False,
-    guess: bool | None = None,
+    guess: Answers | None = None,
 ) -> Traced:
     """As `trace`, with each submodule that can't be traced as one node, and no TraceError.
 
     `left_out` are arguments that are traced at their default, with the line that asks for each.
     `record` asks for the passages of values, which takes longer. With a `guess`, what comes after
-    the model's own questions is there as well, as a fragment on the way of these answers.
+    the model's own questions is there as well, as a fragment on the way of these answers; with a
+    list of answers, as a graph, and the list grows to as many as were asked for.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
@@ -166,7 +167,9 @@ def attempt(
             better = second.graph is not None and len(second.stops) < len(found.stops)
             if better or found.graph is None:
                 found = second
-        return found if guess is None else attrs.evolve(found, graph=None, fragment=found.seen)
+        if not isinstance(guess, bool):
+            return found
+        return attrs.evolve(found, graph=None, fragment=found.seen)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
@@ -196,7 +199,7 @@ def _settled(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
-    guess: bool | None,
+    guess: Answers | None,
 ) -> Traced:
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
@@ -236,7 +239,7 @@ def _traced(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
-    guess: bool | None,
+    guess: Answers | None,
     *,
     precisely: bool = False,
 ) -> tuple[Traced, list[str]]:
@@ -252,7 +255,7 @@ def _traced(
     before, generators = ModelState(model, skipped), Generators()
     check_calls(own, before, of_all=precisely)
     watched(own)
-    watch = Watch(own, model, left_out)
+    watch = Watch(own, model, left_out, as_of_tensors=isinstance(guess, list))
     recorder = Recorder(own) if record else None
     known, graph, fragment = set(model.__dict__), None, None
     around = ExitStack()
