@@ -21,6 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class ConvBn:
     """A convolution whose only reader is a batch norm; what does nothing may stand between."""
 
+    x: fxr.Value
     conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | OwnForward
     made: fxr.Value
     between: tuple[
@@ -43,12 +44,13 @@ def same_rank(m: ConvBn) -> str | None:
 
 def reads_a_batch(m: ConvBn) -> str | None:
     """Of a tensor without a batch, a batch norm takes what comes second for the channels."""
-    if m.made.rank is None or m.made.rank == _rank(m.conv) + 2:
-        return None
-    return (
-        f"the {_name(m.conv)} makes a {m.made.rank}-d tensor, which has no batch dimension; of "
-        "that the batch norm does not normalise the channels"
-    )
+    for value, does in ((m.x, "reads"), (m.made, "makes")):
+        if value.rank not in (None, _rank(m.conv) + 2):
+            return (
+                f"the {_name(m.conv)} {does} a {value.rank}-d tensor, which has no batch "
+                "dimension; of that the batch norm does not normalise the channels"
+            )
+    return None
 
 
 def has_running_stats(m: ConvBn) -> str | None:

@@ -67,9 +67,8 @@ def _parameter(
     # isinstance() would ask torch's metaclass, in Python.
     if value is None or issubclass(type(value), nn.Parameter):
         return value  # type: ignore[return-value]
-    like = old
-    if like is None:
-        like = next((each for each in module._parameters.values() if each is not None), None)
+    held = (old, *module._parameters.values())
+    like = next((each for each in held if each is not None), None)
     wants_grad = like is None or like.requires_grad
     return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
 
