@@ -261,8 +261,9 @@ def plan(
     >>> import fxrewrite as fxr
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
     >>> print(fxr.plan(model, "conv_bn"))
-    rule          applied  refused  missed
-    fold_conv_bn        1        0       0
+    rule            applied  refused  missed
+    fold_conv_bn          1        0       0
+    fold_held_norm        0        0       0
     """
     return Rewriter(rules, into=into, trust=trust).plan(model, example_inputs)
 

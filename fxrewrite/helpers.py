@@ -1,7 +1,8 @@
-"""Helpers for a module tree, as passes over `torch.fx` graphs written by hand use them."""
+"""Helpers for rules and passes: for a module tree, and what a module's forward does."""
 
 from .module_utils.names import fresh_name, parent_name
 from .module_utils.tree import delete_submodule, get_submodule, replace_node_module, set_submodule
+from .tracing.ways import ways
 
 _parent_name = parent_name
 """The name under which passes know `parent_name` from torch."""
@@ -14,4 +15,5 @@ __all__ = [
     "parent_name",
     "replace_node_module",
     "set_submodule",
+    "ways",
 ]

@@ -7,16 +7,13 @@ from torch import nn
 
 import fxrewrite as fxr
 
-from .affine import scale_and_shift, scaled_and_shifted
+from . import norms
+from .affine import scaled_and_shifted
+from .held_norm import fold_held_norm
+from .norms import BatchNorm
+from .own_forward import OwnForward
 
-_RANK: dict[type[nn.Module], int] = {
-    nn.Conv1d: 1,
-    nn.BatchNorm1d: 1,
-    nn.Conv2d: 2,
-    nn.BatchNorm2d: 2,
-    nn.Conv3d: 3,
-    nn.BatchNorm3d: 3,
-}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -25,32 +22,35 @@ class ConvBn:
     """A convolution whose only reader is a batch norm; what does nothing may stand between."""
 
     x: fxr.Value
-    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | OwnForward
+    made: fxr.Value
     between: tuple[
         nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
         | nn.AlphaDropout | nn.FeatureAlphaDropout,
         ...,
     ]  # fmt: skip
-    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | BatchNorm
 
 
 def same_rank(m: ConvBn) -> str | None:
     """The batch norm must be of the convolution's rank and number of channels."""
-    if _rank(m.conv) != _rank(m.bn):
+    if not norms.reads_dims(m.bn, _rank(m.conv)):
         return f"a {_name(m.bn)} does not normalise the output of a {_name(m.conv)}"
-    if m.conv.out_channels != m.bn.num_features:
-        return f"{m.conv.out_channels} channels can't be normalised by {m.bn.num_features} features"
+    features = None if m.bn.running_mean is None else len(m.bn.running_mean)
+    if features not in (None, m.conv.out_channels):
+        return f"{m.conv.out_channels} channels can't be normalised by {features} features"
     return None
 
 
 def reads_a_batch(m: ConvBn) -> str | None:
     """Of a tensor without a batch, a batch norm takes what comes second for the channels."""
-    if m.x.rank is None or m.x.rank == _rank(m.conv) + 2:
-        return None
-    return (
-        f"the {_name(m.conv)} reads a {m.x.rank}-d tensor, which has no batch dimension; of that "
-        "the batch norm does not normalise the channels"
-    )
+    for value, does in ((m.x, "reads"), (m.made, "makes")):
+        if value.rank not in (None, _rank(m.conv) + 2):
+            return (
+                f"the {_name(m.conv)} {does} a {value.rank}-d tensor, which has no batch "
+                "dimension; of that the batch norm does not normalise the channels"
+            )
+    return None
 
 
 def has_running_stats(m: ConvBn) -> str | None:
@@ -62,9 +62,10 @@ def has_running_stats(m: ConvBn) -> str | None:
 
 def same_dtype(m: ConvBn) -> str | None:
     """The types must be such that the folded convolution's result has the batch norm's type."""
-    conv, bn = m.conv.weight.dtype, {t.dtype for t in _tensors(m.bn)}
+    conv, bn = m.conv.weight.dtype, {t.dtype for t in norms.tensors_of(m.bn)}
     # Torch lets a batch norm in float32 follow a convolution in half precision, and gives half.
-    if bn == {conv} or (bn == {torch.float32} and conv in _HALF):
+    is_mixed = norms.takes_half(m.bn) and bn == {torch.float32} and conv in _HALF
+    if bn == {conv} or is_mixed:
         return None
     found = " and ".join(sorted(str(each).removeprefix("torch.") for each in bn))
     return f"the convolution is in {str(conv).removeprefix('torch.')} and the batch norm in {found}"
@@ -72,30 +73,32 @@ def same_dtype(m: ConvBn) -> str | None:
 
 def same_device(m: ConvBn) -> str | None:
     """All tensors must be on one device."""
-    devices = {t.device for t in (m.conv.weight, *_tensors(m.bn))}
+    devices = {t.device for t in (m.conv.weight, *norms.tensors_of(m.bn))}
     if len(devices) == 1:
         return None
     return f"their tensors are on {' and '.join(sorted(map(str, devices)))}"
 
 
 @fxr.rule(where=[same_rank, reads_a_batch, has_running_stats, same_dtype, same_device])
-def fold_conv_bn(m: ConvBn) -> fxr.Replace:
-    """Scale the weight and shift the bias as the batch norm would scale and shift the output."""
-    return fxr.Replace(scaled_and_shifted(m.conv, *scale_and_shift(m.bn)), slot="conv")
+def fold_conv_bn(m: ConvBn) -> fxr.Replace | fxr.Revise:
+    """Scale weight and bias as the batch norm would the output; what it does after that stays."""
+    found = norms.vectors(m.bn)
+    assert not isinstance(found, str)
+    folded, rest = scaled_and_shifted(m.conv, *found), norms.rest_of(m.bn)
+    if rest is None:
+        return fxr.Replace(folded, slot="conv")
+    return fxr.Revise(conv=folded, between=None, bn=rest)
 
 
 conv_bn = fxr.RuleSet(
-    "conv_bn", [fold_conv_bn], doc="Fold each batch norm into the convolution before it."
+    "conv_bn",
+    [fold_conv_bn, fold_held_norm],
+    doc="Fold each batch norm into the convolution before it.",
 )
 
 
-def _tensors(bn: nn.Module) -> list[torch.Tensor]:
-    held = (*bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"])
-    return [each for each in held if each is not None]
-
-
-def _rank(module: nn.Module) -> int:
-    return next(rank for kind, rank in _RANK.items() if isinstance(module, kind))
+def _rank(conv: nn.Module) -> int:
+    return next(i for i, kind in enumerate(_CONVS, 1) if isinstance(conv, kind))
 
 
 def _name(module: nn.Module) -> str:

@@ -10,17 +10,11 @@ import fxrewrite as fxr
 from . import constants, norms
 from .affine import Layer, out_channels, scaled_and_shifted, spatial_rank
 from .norms import Norm
+from .own_forward import OwnForward
 from .spellings import FLATTEN, PERMUTE, RESHAPE, Idle
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDES = "example_inputs would decide it"
-
-
-class PaddedConv(nn.Conv2d, fxr.Family):
-    """A convolution that pads what it reads with zeros, as many as its size asks for."""
-
-
-PaddedConv.add("timm.layers.conv2d_same.Conv2dSame")
 
 
 @fxr.pattern(anchor="norm")
@@ -32,7 +26,7 @@ class LayerNormed:
 
     layer: (
         nn.Conv1d | nn.Conv2d | nn.Conv3d
-        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | PaddedConv
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | OwnForward
     )  # fmt: skip
     idle: tuple[Idle, ...]
     made: fxr.Value
@@ -47,7 +41,7 @@ class LayerScaled:
 
     layer: (
         nn.Conv1d | nn.Conv2d | nn.Conv3d
-        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | PaddedConv
+        | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | OwnForward
     )  # fmt: skip
     idle: tuple[Idle, ...]
     permute: fxr.Call | None = fxr.call(*PERMUTE, chain="input", side_inputs=False)

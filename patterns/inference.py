@@ -7,6 +7,7 @@ import fxrewrite as fxr
 from .backward import fold_constant_before, fold_norm_before
 from .cleanup import cleanup
 from .forward import fold_constant, fold_norm
+from .held_norm import fold_held_norm
 from .products import multiply_conv, multiply_linear
 from .reparam import reparam
 from .standardised import bake_weight
@@ -17,6 +18,7 @@ affine = fxr.RuleSet(
     [
         bake_weight,
         fold_norm,
+        fold_held_norm,
         fold_constant,
         fold_norm_before,
         fold_constant_before,

@@ -22,6 +22,10 @@ class Norm(fxr.Family):
     """A norm whose scale and shift per channel are known."""
 
 
+class BatchNorm(nn.BatchNorm2d, fxr.Family):
+    """A batch norm of another type than torch's three: frozen, or with an activation behind it."""
+
+
 @attrs.frozen
 class _Known:
     """What there is to know of a kind of norm.
@@ -155,15 +159,45 @@ def _running(norm: Any) -> Vectors | str:
 Norm.add(nn.BatchNorm1d, _Known(_running, (0, 1), half=True))
 Norm.add(nn.BatchNorm2d, _Known(_running, (2,), checks=True, half=True))
 Norm.add(nn.BatchNorm3d, _Known(_running, (3,), checks=True, half=True))
-Norm.add(nn.SyncBatchNorm, _Known(_running, half=True))
 # Of what is one dimension short, an instance norm takes the first for the channels, as it should.
 for _kind, _dims in {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}.items():
     Norm.add(_kind, _Known(_running, (_dims,), checks=True))
 
+
+def _frozen(norm: Any) -> Vectors:
+    """The copies of torchvision's frozen batch norm whose forward has a number for `eps`."""
+    scale = norm.weight * (norm.running_var.to(wide(norm.running_var.dtype)) + 1e-5).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _add(kind: type[nn.Module] | str, known: _Known) -> None:
+    Norm.add(kind, known)
+    BatchNorm.add(kind, known)
+
+
+_add(nn.SyncBatchNorm, _Known(_running, half=True))
 # Other libraries' norms are named, so that nothing is imported for them.
 _TIMM = "timm.layers.norm_act"
 _THEN = ("drop", "act")
-Norm.add("torchvision.ops.misc.FrozenBatchNorm2d", _Known(_running, (2,)))
-Norm.add(f"{_TIMM}.BatchNormAct2d", _Known(_running, (2,), checks=True, half=True, rest=_THEN))
-Norm.add(f"{_TIMM}.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
-Norm.add(f"{_TIMM}.FrozenBatchNormAct2d", _Known(_running, (2,), rest=_THEN))
+_add("torchvision.ops.misc.FrozenBatchNorm2d", _Known(_running, (2,)))
+_add(f"{_TIMM}.BatchNormAct2d", _Known(_running, (2,), checks=True, half=True, rest=_THEN))
+_add(f"{_TIMM}.SyncBatchNormAct", _Known(_running, half=True, rest=_THEN))
+_add(f"{_TIMM}.FrozenBatchNormAct2d", _Known(_running, (2,), rest=_THEN))
+for _model, _name in {
+    "conditional_detr": "ConditionalDetr",
+    "d_fine": "DFine",
+    "dab_detr": "DabDetr",
+    "deformable_detr": "DeformableDetr",
+    "deimv2": "Deimv2",
+    "detr": "Detr",
+    "grounding_dino": "GroundingDino",
+    "mm_grounding_dino": "MMGroundingDino",
+    "pp_doclayout_v2": "PPDocLayoutV2",
+    "pp_doclayout_v3": "PPDocLayoutV3",
+    "pp_doclayout_v4": "PPDocLayoutV4",
+    "rt_detr": "RTDetr",
+    "rt_detr_v2": "RTDetrV2",
+    "table_transformer": "TableTransformer",
+}.items():
+    _path = f"transformers.models.{_model}.modeling_{_model}.{_name}FrozenBatchNorm2d"
+    _add(_path, _Known(_frozen, (2,)))

@@ -11,8 +11,9 @@ from torch import fx, nn
 from ..ir.aliases import is_fresh, written_by
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
+from ..ir.op_traits import traits_of_module
 from ..ir.tensor_metadata import reads_metadata_only
-from ..module_utils.hooks import PLAIN_TENSORS, has_hooks
+from ..module_utils.hooks import PLAIN_TENSORS, has_hooks, runs_its_forward_alone
 from ..module_utils.subclassing import differs
 from ..module_utils.torch_private import global_hook_refusal, has_tensor_hook
 from .match import Site
@@ -33,11 +34,9 @@ def refusal(site: Site, view: GraphView, *, any_mode: bool) -> str | None:
 def written_meanwhile(site: Site, place: fx.Node, view: GraphView) -> str | None:
     """Why the chain's input may not be read as late as at this node, or None."""
     write = view.write_between(site.first, place, [site.input], site.nodes)
-    return (
-        None
-        if write is None
-        else f"{describe(write, view)} writes in place to what the chain reads"
-    )
+    if write is None:
+        return None
+    return f"{describe(write, view)} writes in place to what the chain reads"
 
 
 def _other_reader(site: Site, view: GraphView) -> str | None:
@@ -70,26 +69,29 @@ def _extra_arguments(site: Site, view: GraphView) -> str | None:
 
 
 def _module_refusal(site: Site, view: GraphView, any_mode: bool) -> str | None:
-    for link in site.links:
-        module = link.module
-        if module is None:
-            continue
+    called = [(link, link.module) for link in site.links if link.module is not None]
+    trained = all(module.training for _, module in called)
+    for link, module in called:
         inner = module.modules() if module._modules else (module,)
-        reasons = (_state_refusal(each, view, any_mode) for each in inner)
-        reason = next(filter(None, reasons), None) or differs(type(module), link.step.modules)
+        reasons = (_state_refusal(each, view, any_mode, trained) for each in inner)
+        reason = next(filter(None, reasons), None) or differs(module, link.step.modules)
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None
 
 
-def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool) -> str | None:
+def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool, trained: bool) -> str | None:
     if (hook := has_hooks(module, ignoring_norms=True)) is not None:
         if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
             return "is not initialised yet; run the model once, then rewrite it"
         return f"carries {hook}, which a rewrite would bypass; remove it first"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
-    if module.training and not any_mode:
+    traits = traits_of_module(module)
+    # RReLU is the one activation with a mode, and of what it keeps no row says anything.
+    has_no_mode = traits.layer or (traits.activation and traits.keeps)
+    is_fixed = not trained and has_no_mode and runs_its_forward_alone(module)
+    if module.training and not (any_mode or is_fixed):
         return "is in training mode, where its output is not a fixed function; call model.eval()"
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
@@ -139,8 +141,6 @@ def _hazard(site: Site, view: GraphView) -> str | None:
     if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
     write = view.write_between(site.first, site.last, reads, nodes) if reads else None
-    return (
-        None
-        if write is None
-        else f"{describe(write, view)} writes in place to what the chain reads"
-    )
+    if write is None:
+        return None
+    return f"{describe(write, view)} writes in place to what the chain reads"

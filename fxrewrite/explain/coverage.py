@@ -46,6 +46,7 @@ class Coverage:
         self.names = {name: first.setdefault(id(each), name) for name, each in modules.items()}
         self.calls: dict[str, tuple[str, ...]] = {}
         self._spelt: set[int] = set()
+        self._gone: set[str] = set()
         for view, lifting in liftings.items():
             for owner, call, kinds in lifting.behind:
                 if owner and owner in modules:
@@ -53,10 +54,24 @@ class Coverage:
         self.unreached = self._unreached(list(liftings), {each.name: each for each in stops})
         self.stops = tuple(attrs.evolve(each, anchors=self._inside(each, rules)) for each in stops)
 
+    def note_replaced(self, placed: Mapping[str, Any]) -> None:
+        """Note what rules put in the place of modules: what was in these may be part of it."""
+        inside = (n for n in self.unreached if any(map(placed.__contains__, _above(n))))
+        for name in inside:
+            names = [each for each, first in self.names.items() if first == self.names[name]]
+            above = [next(filter(placed.__contains__, _above(each)), None) for each in names]
+            found = [each for each in above if each is not None]
+            held = (each for one in found for each in placed[one].modules())
+            if len(found) == len(names) and self._modules[name] not in held:
+                self.unreached[name] = f"it is part of what {found[0]} does now"
+                self._gone.add(name)
+
     def findings(self) -> list[Finding]:
         """A finding for each module of an anchor's type among those that no node calls."""
         findings = []
         for name, reason in self.unreached.items():
+            if name in self._gone:
+                continue
             rule = next(self._looking_for(self._modules[name]), None)
             if rule is not None:
                 anchor = name or type(self._modules[name]).__name__

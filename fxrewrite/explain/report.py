@@ -37,8 +37,8 @@ class Report:
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
     >>> report = fxr.plan(model, "conv_bn")
-    >>> report.counts
-    {'fold_conv_bn': {'applied': 1, 'refused': 0, 'missed': 0}}
+    >>> report.counts["fold_conv_bn"]
+    {'applied': 1, 'refused': 0, 'missed': 0}
     >>> print(report.why("1"))
     1: applied by fold_conv_bn: 0 -> 1 became 0
     """

@@ -12,6 +12,9 @@ from .torch_private import COMPILED_CALL
 
 M = TypeVar("M", bound=nn.Module)
 
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
 
 def evolve(module: M, /, **changes: Any) -> M:
     """A shallow copy of a module with these parameters, buffers, children or attributes changed.
@@ -38,19 +41,24 @@ def evolve(module: M, /, **changes: Any) -> M:
     for registry in REGISTRIES:
         state[registry] = state[registry].copy()
     state.pop(COMPILED_CALL, None)
-    for name, value in changes.items():
-        if name in new._parameters:
-            new._parameters[name] = _parameter(module, module._parameters[name], value)
-        elif name in new._buffers:
-            new._buffers[name] = value
-        elif name in new._modules:
-            new._modules[name] = value
-        elif name in new.__dict__:
-            new.__dict__[name] = value
-        else:
+    held: Any = (new._parameters, new._buffers, new._modules, state)
+    for name, value in (changes | _derived(module, changes)).items():
+        found = next((each for each in held if name in each), None)
+        if found is None:
             known = ", ".join([*module._parameters, *module._buffers])
             raise AttributeError(f"{type(module).__name__} has no {name!r}; its tensors: {known}")
+        found[name] = _parameter(module, found[name], value) if found is held[0] else value
     return new
+
+
+def _derived(module: nn.Module, changes: dict[str, Any]) -> dict[str, Any]:
+    """What a convolution holds besides that is made of these, such as the padding by each side."""
+    kind = next((each for each in _CONVS if isinstance(module, each)), None)
+    if kind is None or changes.keys().isdisjoint(_GEOMETRY):
+        return {}
+    given = {name: changes.get(name, getattr(module, name)) for name in _GEOMETRY}
+    made = kind(1, 1, **given, device="meta").__dict__
+    return {k: v for k, v in made.items() if isinstance(v, tuple | list) and k in module.__dict__}
 
 
 def _parameter(
@@ -59,23 +67,15 @@ def _parameter(
     # isinstance() would ask torch's metaclass, in Python.
     if value is None or issubclass(type(value), nn.Parameter):
         return value  # type: ignore[return-value]
-    like = old
-    if like is None:
-        like = next((each for each in module._parameters.values() if each is not None), None)
+    held = (old, *module._parameters.values())
+    like = next((each for each in held if each is not None), None)
     wants_grad = like is None or like.requires_grad
     return nn.Parameter(value, wants_grad and (value.is_floating_point() or value.is_complex()))
 
 
 def same_module(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules are alike in all they hold, their tensors to the bit if they have any."""
-    if one is other:
-        return True
-    mine, theirs = one.__dict__, other.__dict__
-    return (
-        type(one) is type(other)
-        and mine.keys() == theirs.keys()
-        and all(_same(mine[name], theirs[name]) for name in mine)
-    )
+    return one is other or (type(one) is type(other) and _same(one.__dict__, other.__dict__))
 
 
 def differs_in_numbers(one: nn.Module, other: nn.Module) -> bool:

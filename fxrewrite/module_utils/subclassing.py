@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,17 +40,21 @@ def overridden(found: type[nn.Module], base: type[nn.Module]) -> str | None:
     return None
 
 
-def differs(found: type[nn.Module], wanted: tuple[type[nn.Module], ...]) -> str | None:
-    """How a subclass of one of the wanted types behaves differently, in words, or None.
+def differs(module: nn.Module, wanted: tuple[type[nn.Module], ...]) -> str | None:
+    """How a module of a subclass of one of the wanted types behaves differently, or None.
 
     >>> class Doubled(nn.ReLU):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
-    >>> differs(Doubled, (nn.ReLU, nn.GELU))
+    >>> differs(Doubled(), (nn.ReLU, nn.GELU))
     'is a Doubled, whose forward is not that of ReLU'
     """
-    kind: Any = found  # mypy takes the hash of a class for that of its instances
-    return _differs(kind, wanted, FamilyType.additions)
+    kind: Any = type(module)  # mypy takes the hash of a class for that of its instances
+    reason = _differs(kind, wanted, FamilyType.additions)
+    families: Any = [each for each in wanted if isinstance(each, FamilyType)]
+    proof = next((each.proof for each in families if each.proof), None)
+    why = None if reason is None or proof is None else proof(module)
+    return reason if proof is None else why and f"{reason}: {why}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,9 +83,11 @@ class FamilyType(type):
     """The type of a family: `isinstance` and `issubclass` ask for membership.
 
     `additions` counts those to all families, so that what was learned of one may be forgotten.
+    A `proof` gives the reason why a module that overrides something may not stand for its base.
     """
 
     additions = 0
+    proof: Callable[[Any], str | None] | None = None
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
         """A family of its own, without members."""
@@ -107,12 +114,10 @@ class FamilyType(type):
         return cls._members[cls._key(cls.member(kind) or kind) or kind]
 
     def __str__(cls) -> str:
-        """The family's name, with that of a member."""
-        first = next(iter(cls._members), None)
-        name = (
-            first.rpartition(".")[2] if isinstance(first, str) else getattr(first, "__name__", "")
-        )
-        return f"{cls.__name__} such as {name}" if name else cls.__name__
+        """The family's name, with that of a member; nothing for one that stands for no others."""
+        first = next(iter(cls._members), "")
+        name = str(getattr(first, "__name__", first)).rpartition(".")[2]
+        return f"{cls.__name__} such as {name}" if name else "" if cls.proof else cls.__name__
 
     def __instancecheck__(cls, instance: Any) -> bool:
         """Whether a module's type, or a base of it, was added."""

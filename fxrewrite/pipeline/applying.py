@@ -91,6 +91,7 @@ def apply(
             near[view.shown(name)] = (*near.get(view.shown(name), ()), *said)
         lowered |= lower(view, liftings[view])
         restored = restore_names(view)
+        coverage.note_replaced(view.placed)
         sites += [(rule, with_names(each, restored)) for rule, each in driver.applied]
         found = [with_names(each, restored) for each in found]
         graphs.append([each.renamed(view.shown) for each in found] if view.part else found)

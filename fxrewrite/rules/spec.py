@@ -48,7 +48,7 @@ class Step:
         names += [f"{_plain(f)}()" for f in self.functions]
         methods = [m.removesuffix("_") for m in self.methods]
         names += [f".{m}()" for m in methods if f"{m}()" not in names]
-        names = list(dict.fromkeys(names))
+        names = list(dict.fromkeys(filter(None, names)))
         if len(names) > _NAMES_SHOWN:
             names[_NAMES_SHOWN - 1 :] = ["the like"]
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -43,12 +43,20 @@ class Watch:
         tracer: a tracer of our own, about to trace in this thread.
         model: what it traces.
         left_out: arguments that are traced at their default, with the line that asks of each.
+        as_of_tensors: whether what is made of the arguments is sure to be made of tensors.
     """
 
-    def __init__(self, tracer: fx.Tracer, model: nn.Module, left_out: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tracer: fx.Tracer,
+        model: nn.Module,
+        left_out: Mapping[str, str],
+        *,
+        as_of_tensors: bool,
+    ) -> None:
         self.expectations: dict[str, Expectation] = {}
         self._tracer, self._model, self._left_out = tracer, model, left_out
-        self._kinds = Kinds(model)
+        self._kinds = Kinds(model, as_of_tensors=as_of_tensors)
         self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
         self._asking: tuple[FrameType, int] | None = None
         self._globals: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}

@@ -19,7 +19,7 @@ from ..module_utils.hooks import has_hooks
 from ..module_utils.names import fresh_name, parent_name
 from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
 from .assumptions import Assumption
-from .error_recovery import answer_questions, tolerant
+from .error_recovery import Answers, answer_questions, tolerant
 from .forward_code import is_torchs_own
 from .guards import Watch
 from .passages import Passages, Recorder
@@ -142,13 +142,14 @@ def attempt(
     left_out: Mapping[str, str] | None = None,
     *,
     record: bool = False,
-    guess: bool | None = None,
+    guess: Answers | None = None,
 ) -> Traced:
     """As `trace`, with each submodule that can't be traced as one node, and no TraceError.
 
     `left_out` are arguments that are traced at their default, with the line that asks for each.
     `record` asks for the passages of values, which takes longer. With a `guess`, what comes after
-    the model's own questions is there as well, as a fragment on the way of these answers.
+    the model's own questions is there as well, as a fragment on the way of these answers; with a
+    list of answers, as a graph, and the list grows to as many as were asked for.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
@@ -170,7 +171,9 @@ def attempt(
             better = second.graph is not None and len(second.stops) < len(found.stops)
             if better or found.graph is None:
                 found = second
-        return found if guess is None else attrs.evolve(found, graph=None, fragment=found.seen)
+        if not isinstance(guess, bool):
+            return found
+        return attrs.evolve(found, graph=None, fragment=found.seen)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
@@ -200,7 +203,7 @@ def _settled(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
-    guess: bool | None,
+    guess: Answers | None,
 ) -> Traced:
     """Trace; once more where a forward changed the model, with what does so as leaves."""
     changing: dict[str, Stop] = {}
@@ -215,8 +218,12 @@ def _settled(
             reason = f"its forward changes {name}, which a graph can't do for it"
             changing.setdefault(owner, Stop(owner, kind, "", reason, ""))
         if not changed:
-            # A guess gives a fragment, in which a frozen number makes no difference.
-            if record or guess is not None or (unlike := _unlike(model, found, again)) is None:
+            # One guess gives a fragment, in which a frozen number makes no difference.
+            if (
+                record
+                or isinstance(guess, bool)
+                or (unlike := _unlike(model, found, again)) is None
+            ):
                 return attrs.evolve(found, stops=(*changing.values(), *found.stops))
             path, error = unlike
             owner = _owner(model, f"{path}.forward".lstrip("."), changing)
@@ -283,7 +290,7 @@ def _traced(
     tracer: fx.Tracer | type[fx.Tracer],
     left_out: Mapping[str, str],
     record: bool,
-    guess: bool | None,
+    guess: Answers | None,
     *,
     precisely: bool = False,
 ) -> tuple[Traced, list[str]]:
@@ -301,7 +308,7 @@ def _traced(
     check_calls(own, before, of_all=precisely)
     watched(own, outside := TorchState())
     lines = note_lines(own) if precisely else {}
-    watch = Watch(own, model, left_out)
+    watch = Watch(own, model, left_out, as_of_tensors=isinstance(guess, list))
     recorder = Recorder(own) if record else None
     known, graph, fragment = set(model.__dict__), None, None
     around = ExitStack()

@@ -25,12 +25,13 @@ _UNKNOWN: Kind = (None, False)
 class Kinds:
     """The types that the nodes of a model's trace are taken to give, and whether that is sure.
 
-    The model's arguments are taken for tensors, which is not sure. None is where nothing can be
-    told: what a call gives may be a tuple, or None, as well as a tensor.
+    The model's arguments are taken for tensors, which is not sure; what is made of them may be
+    told `as_of_tensors`. None is where nothing can be told: what a call gives may be a tuple, or
+    None, as well as a tensor.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, as_of_tensors: bool = False) -> None:
+        self._model, self._as_of_tensors = model, as_of_tensors
         self._known: dict[fx.Node, Kind] = {}
 
     def of(self, node: fx.Node) -> Kind:
@@ -41,7 +42,10 @@ class Kinds:
         for each in reversed(path):
             if each not in self._known:
                 source = _source(each)
-                self._known[each] = self._told(each, self._known[source] if source else _UNKNOWN)
+                kind = self._known[source] if source else _UNKNOWN
+                if self._as_of_tensors and source is not None and source.op == "placeholder":
+                    kind = kind[0], True
+                self._known[each] = self._told(each, kind)
         return self._known[node]
 
     def is_never_none(self, node: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def test_the_report_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a name it is the table, with each refusal and miss and its reason."""
     assert main(["explain", "explained.py:Net"]) == 0
     said = capsys.readouterr().out
-    assert "fold_conv_bn        1        0       1" in said
+    assert "fold_conv_bn          1        0       1" in said
     assert "late  it reads act (ReLU), not a Conv1d, Conv2d or Conv3d" in said
 
 

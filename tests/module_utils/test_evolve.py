@@ -91,3 +91,18 @@ def test_evolve_replaces_a_child():
 def test_evolve_refuses_a_name_that_the_module_does_not_have():
     with pytest.raises(AttributeError, match="Linear has no 'wieght'; its tensors: weight, bias"):
         fxr.evolve(nn.Linear(2, 2), wieght=None)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("change", [{"padding": 2}, {"kernel_size": 2}, {"padding": "valid"}])
+@pytest.mark.parametrize("given", [{"padding": 1}, {"padding": "same", "dilation": 2}])
+def test_evolve_keeps_what_a_convolution_makes_of_its_geometry(rank, change, given):
+    """Whatever the mode of padding, it pads as one does that is made so."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    options = {"kernel_size": 3, "padding_mode": "reflect", **given}
+    made = kind(2, 3, **{**options, **change}).double()
+    old = kind(2, 3, **options, stride=(1,) * rank).double()
+    new = fxr.evolve(old, weight=made.weight, bias=made.bias, **change)
+    x = torch.randn(2, 2, *[7, 6, 5][:rank], dtype=torch.float64)
+    assert torch.equal(new(x), made(x))
+    assert new.stride == old.stride

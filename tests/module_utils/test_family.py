@@ -2,7 +2,6 @@
 
 import nets
 import pytest
-from fxrewrite.patterns.forward import PaddedConv
 from torch import nn
 
 import fxrewrite as fxr
@@ -46,5 +45,13 @@ def test_a_family_grows_by_type_and_by_name():
 
 def test_what_is_made_of_a_family_itself_is_refused():
     """It is no member of the family, so nothing tells how it behaves."""
-    report = fxr.plan(nets.randomise(nn.Sequential(PaddedConv(4, 4, 1), nets.bn())), "affine")
+
+    class PaddedConv(nn.Conv2d, fxr.Family):
+        """A convolution that pads otherwise."""
+
+    @fxr.rule(pattern=fxr.chain(conv=nn.Conv2d | PaddedConv, bn=nn.BatchNorm2d))
+    def fold(m):
+        return fxr.Replace(m.conv, slot="conv")
+
+    report = fxr.plan(nets.randomise(nn.Sequential(PaddedConv(4, 4, 1), nets.bn())), fold)
     assert "0 is a PaddedConv, whose _members is not that of Conv2d" in report.why("1")

@@ -20,6 +20,13 @@ from fxrewrite.testing import check_rule
 HALVES = (torch.bfloat16, torch.float16)
 
 
+class Flips(nn.Conv2d):
+    """Computes otherwise in training mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(-x if self.training else x)
+
+
 def by_channel(output: torch.Tensor) -> torch.Tensor:
     """The largest magnitude in each channel."""
     return output.abs().flatten(2).amax((0, 2))
@@ -186,6 +193,38 @@ def test_a_dropout_in_training_mode_is_refused() -> None:
     """A dropout that drops does something, so it may not disappear."""
     said = reason(nets.conv().eval(), nn.Dropout().train(), nets.bn().eval())
     assert said.startswith("1 is in training mode")
+
+
+@pytest.mark.parametrize("into", ["graph", "modules"])
+def test_of_a_model_in_training_the_norms_that_are_frozen_fold(into: Any) -> None:
+    """A convolution computes the same in both modes; the new one stays in training mode."""
+    model = nets.randomise(nn.Sequential(nets.conv(), nets.bn(), nn.ReLU(), nets.conv(), nets.bn()))
+    model = model.double().train()
+    model[1].eval()
+    x = nets.random_input((2, 4, 5, 5))
+    made, report = fxr.rewrite(model, "conv_bn", x, into=into)
+    assert [(each.anchor, each.outcome) for each in report.findings] == [
+        ("1", "applied"),
+        ("4", "refused"),
+    ]
+    assert made.get_submodule("0").training
+    model[4].eval()
+    made.get_submodule("4").eval()
+    torch.testing.assert_close(made(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [nn.RReLU, nn.Dropout, Flips])
+def test_what_has_a_mode_is_refused_in_training_mode(kind: Any) -> None:
+    """Between a convolution in training mode and a norm in eval mode, or in place of the former."""
+
+    @fxr.rule(pattern=fxr.chain(conv=nn.Conv2d, act=nn.RReLU | nn.Dropout, bn=nn.BatchNorm2d))
+    def kept(m: Any) -> fxr.Replace:
+        return fxr.Replace(m.conv, slot="conv")
+
+    conv = kind(4, 4, 1) if kind is Flips else nets.conv()
+    model = nn.Sequential(conv, nn.Dropout().eval() if kind is Flips else kind(), nets.bn().eval())
+    report = fxr.plan(model, "conv_bn" if kind is Flips else kept)
+    assert "in training mode" in report.why("2")
 
 
 def test_no_running_statistics_is_refused() -> None:
