@@ -7,7 +7,7 @@ replaces, or else in the same dialect.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -77,7 +77,7 @@ class _Lowering:
         if call is not node:
             node.op, node.target = "call_function", operator.getitem
             node.args = (call, lifted.spelling.item)
-        call.op, call.target = "call_function", lifted.spelling.function
+        call.op, call.target = lifted.spelling.op, lifted.spelling.function
         call.args, call.kwargs = fx.node.map_arg((lifted.args, lifted.kwargs), moved)
         return True
 
@@ -111,12 +111,12 @@ class _Lowering:
             values[spelling.data] = source
             args = tuple(values[name] for name in spelling.names)
             kwargs = {name: values[name] for name in spelling.keywords}
-            function: Any = spelling.function
+            op, function = spelling.op, cast("Any", spelling.function)
             if spelling.item is not None:
                 call = graph.call_function(function, args, kwargs)
                 call.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
                 function, args, kwargs = operator.getitem, (call, spelling.item), {}
-        node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+        node.op, node.target, node.args, node.kwargs = op, function, args, kwargs
         renew(self._view, _below(node, source))
         if isinstance(function, OpOverload):  # and so must be what splits its result
             for user in node.users:
