@@ -29,6 +29,8 @@ TRANSPOSES: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.transpose.int: (0, 1),
     torch.ops.aten.t.default: (),
 }
+# What a linear layer of several dimensions decomposes into repeats its weight by these.
+REPEATS = (torch.ops.aten.expand.default, torch.ops.aten.view.default)
 
 
 @attrs.frozen(eq=False)
@@ -155,6 +157,9 @@ class Lifting:
         if node.op == "call_function" and TRANSPOSES.get(node.target) == node.args[1:]:
             found = self._constant(node.all_input_nodes[0])
             return None if found is None else (found[0], Transposed(found[1]))
+        if node.target in REPEATS:
+            found = self._constant(node.all_input_nodes[0])
+            return found if found is not None and _repeats(node, found[1]) else None
         value = self._view.attribute(node) if node.op == "get_attr" else None
         if not isinstance(value, torch.Tensor):
             return None
@@ -203,6 +208,14 @@ class Lifting:
             if rank is not None:
                 ranks[node] = rank
         return ranks
+
+
+def _repeats(node: fx.Node, matrix: Any) -> bool:
+    """Whether a node gives a matrix that is read transposed, once for each of a batch."""
+    known = node.meta.get("val")
+    if not isinstance(matrix, Transposed) or not isinstance(known, torch.Tensor):
+        return False
+    return known.dim() == 3 and known.shape[1:] == matrix.tensor.t().shape
 
 
 def _steps(pattern: Pattern) -> list[Step]:

@@ -23,6 +23,7 @@ from .semantics import (
     TRANSPOSED_CONVS,
     ActivationMeaning,
     AnyConvMeaning,
+    BatchedMatMulMeaning,
     BatchNormMeaning,
     ConvMeaning,
     DropoutMeaning,
@@ -48,6 +49,7 @@ class Spelling:
         fields: what the module calls those of its tensors that the function calls otherwise.
         item: of a function that returns several values, which of them is the module's.
         implied: the arguments that its name says, as `_` at its end does.
+        rank: how many dimensions the chain's value has, if it takes no others.
     """
 
     function: Callable[..., Any] | str
@@ -59,6 +61,7 @@ class Spelling:
     fields: dict[str, str] = attrs.field(factory=dict)
     item: int | None = None
     implied: dict[str, Any] = attrs.field(factory=dict)
+    rank: int | None = None
 
     @property
     def op(self) -> str:
@@ -207,10 +210,14 @@ def _decomposed() -> Iterable[Spelling]:
         item=0,
     )
     fields = {"input": "bias", "mat2": "weight"}
-    addmm = MatMulMeaning((nn.Linear,), has_bias=True)
-    yield spelling(aten.addmm.default, addmm, "input", "mat1", "mat2", data="mat1", fields=fields)
-    mm = MatMulMeaning((nn.Linear,), has_bias=False)
-    yield spelling(aten.mm.default, mm, "input", "mat2", fields=fields)
+    products = {
+        aten.addmm.default: (MatMulMeaning((nn.Linear,), has_bias=True), 2, "mat1"),
+        aten.mm.default: (MatMulMeaning((nn.Linear,), has_bias=False), 2, "input"),
+        aten.bmm.default: (BatchedMatMulMeaning((nn.Linear,), has_bias=False), 3, "input"),
+    }
+    for function, (meaning, rank, data) in products.items():
+        names = ("input", "mat1", "mat2") if data == "mat1" else ("input", "mat2")
+        yield spelling(function, meaning, *names, data=data, fields=fields, rank=rank)
 
 
 SPELLINGS: dict[Any, Spelling] = {

@@ -168,6 +168,15 @@ class MatMulMeaning(Meaning):
 
 
 @attrs.frozen
+class BatchedMatMulMeaning(MatMulMeaning):
+    """`bmm` with the same matrix for each of a batch; what replaces it is traced to operators."""
+
+    @override
+    def lower(self, module: Any) -> Arguments | None:
+        return None
+
+
+@attrs.frozen
 class BatchNormMeaning(Meaning):
     """Batch norms of all ranks."""
 

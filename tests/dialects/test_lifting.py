@@ -78,7 +78,12 @@ for rank, (side, *kinds) in {
     3: (6, nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.Dropout3d),
 }.items():
     SHAPES.update((kind, (2, 4, *[side] * rank)) for kind in kinds)
-SPELT = [(spelling, kind) for spelling in SPELLINGS.values() for kind in spelling.meaning.kinds]
+SPELT = [
+    (spelling, kind)
+    for spelling in SPELLINGS.values()
+    for kind in spelling.meaning.kinds
+    if spelling.function is not torch.ops.aten.bmm.default  # which nothing is spelt by
+]
 
 
 def name_of(each: Any) -> str:
