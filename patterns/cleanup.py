@@ -7,7 +7,7 @@ from torch import nn
 
 import fxrewrite as fxr
 
-from .spellings import DROPOUT, FLATTEN, PERMUTE, RELU, RESHAPE, Idle, aten
+from .spellings import DROPOUT, FLATTEN, PERMUTE, RESHAPE, Idle, aten
 
 _DECIDES = "example_inputs would decide it"
 _CASTS = {
@@ -56,9 +56,9 @@ def drop_dropout_call(m: DropoutCall) -> fxr.Bypass:
 class ReluTwice:
     """A ReLU whose only reader is another; what does nothing may stand between."""
 
-    first: fxr.Call = fxr.call(*RELU, chain="input", side_inputs=False)
+    first: nn.ReLU
     idle: tuple[Idle, ...]
-    second: fxr.Call = fxr.call(*RELU, chain="input", side_inputs=False)
+    second: nn.ReLU
 
 
 @fxr.rule(quiet=True)

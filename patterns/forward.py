@@ -30,7 +30,7 @@ class LayerNormed:
     )  # fmt: skip
     idle: tuple[Idle, ...]
     made: fxr.Value
-    rows: fxr.Call | None = fxr.call(*FLATTEN, *RESHAPE, chain="input")
+    rows: tuple[fxr.Call, ...] = fxr.call(*FLATTEN, *RESHAPE, chain="input")
     between: fxr.Value
     norm: Norm
 
@@ -52,13 +52,14 @@ class LayerScaled:
 def same_channels(m: LayerNormed) -> str | None:
     """What the norm takes for channels must be what the layer makes."""
     channels, rank = out_channels(m.layer), m.between.rank
-    if m.rows is not None:
-        if not isinstance(m.layer, nn.Linear):
-            return f"between them, what the {type(m.layer).__name__} makes gets another shape"
-        found = _rank_of_rows(m.rows, m.made.rank, channels)
+    if m.rows and not isinstance(m.layer, nn.Linear):
+        return f"between them, what the {type(m.layer).__name__} makes gets another shape"
+    made = m.made.rank
+    for call in m.rows:
+        found = _rank_of_rows(call, made, channels)
         if isinstance(found, str):
             return found
-        rank = found
+        made = rank = found
     return along_channels(m.layer, m.norm, rank, channels)
 
 
@@ -73,9 +74,10 @@ def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
     given = call.kwargs
     size = given.get("size", given.get("shape"))
     if size is not None:
-        # Of two sizes, where the second is that of the features, the first is all the others'.
-        rows = isinstance(size, tuple | list) and len(size) == 2 and size[1] == features
-        return 2 if rows else f"what is between is reshaped to other than rows of {features}"
+        # Where the last size is that of the features, the others are all the others'.
+        if isinstance(size, tuple | list) and size and size[-1] == features:
+            return len(size)
+        return f"what is between is reshaped to other than rows of {features}"
     start, end = given.get("start_dim", 0), given.get("end_dim", -1)
     if given.keys() - {"start_dim", "end_dim"} or not all(type(e) is int for e in (start, end)):
         return "what is between is flattened in a way that is not known"
@@ -147,7 +149,7 @@ def fold_norm(m: LayerNormed) -> fxr.Replace | fxr.Revise:
     assert not isinstance(found, str)
     folded = scaled_and_shifted(m.layer, *found)
     rest = norms.rest_of(m.norm)
-    if rest is None and m.rows is None:
+    if rest is None and not m.rows:
         return fxr.Replace(folded, slot="layer")
     return fxr.Revise(layer=folded, idle=None, norm=rest)
 

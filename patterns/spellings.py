@@ -40,10 +40,6 @@ RESHAPE: tuple[Any, ...] = (
 )  # fmt: skip
 PERMUTE: tuple[Any, ...] = (torch.permute, "permute", aten.permute.default)
 
-RELU: tuple[Any, ...] = (
-    nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default,
-    aten.relu_.default,
-)  # fmt: skip
 DROPOUT: tuple[Any, ...] = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, aten.dropout.default,

@@ -14,13 +14,14 @@ import attrs
 import torch
 from torch import fx, nn
 
+from ..engine.matcher import calls
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
 from ..module_utils.names import parent_name
 from ..module_utils.torch_private import pytree
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
-from .op_table import SPELLINGS, Spelling
+from .op_table import Spelling, spelling_of
 from .semantics import Transposed, output_rank
 
 TRANSPOSES: dict[Any, tuple[Any, ...]] = {
@@ -28,6 +29,8 @@ TRANSPOSES: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.transpose.int: (0, 1),
     torch.ops.aten.t.default: (),
 }
+# What a linear layer of several dimensions decomposes into repeats its weight by these.
+REPEATS = (torch.ops.aten.expand.default, torch.ops.aten.view.default)
 
 
 @attrs.frozen(eq=False)
@@ -81,14 +84,12 @@ class Lifting:
         steps = [step for rule in rules for step in _steps(rule.pattern)]
         wanted = tuple({kind for each in steps if not each.captures_call for kind in each.modules})
         for node in view.graph.nodes if wanted else ():
-            spelling = SPELLINGS.get(node.target) if node.op == "call_function" else None
+            spelling = spelling_of(node)
             if spelling is None:
                 continue
             kinds = spelling.meaning.kinds
             # A function that a rule names, without the type of module, is left to that rule.
-            named = any(
-                node.target in step.functions and not any_is(kinds, step.modules) for step in steps
-            )
+            named = any(calls(e, node, view) and not any_is(kinds, e.modules) for e in steps)
             if any_is(kinds, wanted) and not named:
                 reason = self._lift(node, spelling)
                 if reason is not None:
@@ -102,7 +103,7 @@ class Lifting:
             node = next(iter(call.users), call)
             if len(call.users) != 1 or node.args[1:] != (spelling.item,):
                 return "another of its results is read"
-        given = view.arguments(call)
+        given = {**view.arguments(call), **spelling.implied}
         source = given.get(spelling.data)
         if not isinstance(source, fx.Node):
             return "it reads no value of the graph"
@@ -156,6 +157,9 @@ class Lifting:
         if node.op == "call_function" and TRANSPOSES.get(node.target) == node.args[1:]:
             found = self._constant(node.all_input_nodes[0])
             return None if found is None else (found[0], Transposed(found[1]))
+        if node.target in REPEATS:
+            found = self._constant(node.all_input_nodes[0])
+            return found if found is not None and _repeats(node, found[1]) else None
         value = self._view.attribute(node) if node.op == "get_attr" else None
         if not isinstance(value, torch.Tensor):
             return None
@@ -170,9 +174,9 @@ class Lifting:
             module = self._view.module(node)
             if module is not None and module.training:
                 updated.update((id(each), node) for each in module.buffers())
-            elif node.target in SPELLINGS:
+            elif (spelling := spelling_of(node)) is not None:
                 given = self._view.arguments(node)
-                read = (given.get(name) for name in SPELLINGS[node.target].meaning.updates(given))
+                read = (given.get(name) for name in spelling.meaning.updates(given))
                 for each in read:
                     if isinstance(each, fx.Node) and each.op == "get_attr":
                         updated[id(self._view.attribute(each))] = node
@@ -193,7 +197,7 @@ class Lifting:
         """How many dimensions values have as far as the types of layers tell."""
         ranks: dict[fx.Node, int] = {}
         for node in self._view.graph.nodes:
-            module, spelling = self._view.module(node), SPELLINGS.get(node.target)
+            module, spelling = self._view.module(node), spelling_of(node)
             kinds = () if spelling is None else spelling.meaning.kinds
             if module is not None:
                 kinds = (type(module),)
@@ -204,6 +208,14 @@ class Lifting:
             if rank is not None:
                 ranks[node] = rank
         return ranks
+
+
+def _repeats(node: fx.Node, matrix: Any) -> bool:
+    """Whether a node gives a matrix that is read transposed, once for each of a batch."""
+    known = node.meta.get("val")
+    if not isinstance(matrix, Transposed) or not isinstance(known, torch.Tensor):
+        return False
+    return known.dim() == 3 and known.shape[1:] == matrix.tensor.t().shape
 
 
 def _steps(pattern: Pattern) -> list[Step]:

@@ -7,7 +7,7 @@ replaces, or else in the same dialect.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -18,7 +18,7 @@ from ..ir.graph_view import GraphView
 from ..module_utils.hooks import has_hooks
 from ..module_utils.names import parent_name
 from ..module_utils.torch_private import OpOverload, is_erased
-from .lifting import TRANSPOSES, Lifted, Lifting
+from .lifting import REPEATS, TRANSPOSES, Lifted, Lifting
 from .op_table import SPELLINGS, Spelling
 from .semantics import Transposed
 
@@ -51,7 +51,7 @@ class _Lowering:
                 continue
             if own is not None and own.module is module and self._restore(own):
                 continue
-            found = _spelling(lifted.spelling, module) if _reads_one(node) else None
+            found = _spelling(lifted.spelling, module, node) if _reads_one(node) else None
             if found is not None:
                 self._view.count(node, -1)
                 spelt.append((node, module, lifted, *found))
@@ -77,7 +77,7 @@ class _Lowering:
         if call is not node:
             node.op, node.target = "call_function", operator.getitem
             node.args = (call, lifted.spelling.item)
-        call.op, call.target = "call_function", lifted.spelling.function
+        call.op, call.target = lifted.spelling.op, lifted.spelling.function
         call.args, call.kwargs = fx.node.map_arg((lifted.args, lifted.kwargs), moved)
         return True
 
@@ -85,11 +85,12 @@ class _Lowering:
         """Erase what only served calls that are gone."""
         for lifted in self._lifting.lifted.values():
             served = lifted.constants
-            served += [node for each in served for node in each.all_input_nodes]
             if lifted.call is not lifted.node:
-                served.insert(0, lifted.call)
-            for node in served:
+                served.append(lifted.call)
+            while served:
+                node = served.pop()
                 if not node.users and not is_erased(node):
+                    served += [each for each in node.all_input_nodes if _is_read(each)]
                     self._view.count(node, -1)
                     self._view.graph.erase_node(node)
 
@@ -111,12 +112,12 @@ class _Lowering:
             values[spelling.data] = source
             args = tuple(values[name] for name in spelling.names)
             kwargs = {name: values[name] for name in spelling.keywords}
-            function: Any = spelling.function
+            op, function = spelling.op, cast("Any", spelling.function)
             if spelling.item is not None:
                 call = graph.call_function(function, args, kwargs)
                 call.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
                 function, args, kwargs = operator.getitem, (call, spelling.item), {}
-        node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+        node.op, node.target, node.args, node.kwargs = op, function, args, kwargs
         renew(self._view, _below(node, source))
         if isinstance(function, OpOverload):  # and so must be what splits its result
             for user in node.users:
@@ -165,17 +166,26 @@ def _below(node: fx.Node, source: fx.Node) -> list[fx.Node]:
     return [*(inner for each in made for inner in _below(each, source)), node]
 
 
+def _is_read(node: fx.Node) -> bool:
+    """Whether a node gives a tensor of the model, as it is, transposed or repeated."""
+    return node.op == "get_attr" or node.target in TRANSPOSES or node.target in REPEATS
+
+
 def _reads_one(node: fx.Node) -> bool:
     return len(node.args) == 1 and not node.kwargs
 
 
-def _spelling(like: Spelling, module: nn.Module) -> tuple[Spelling, dict[str, Any]] | None:
+def _spelling(
+    like: Spelling, module: nn.Module, node: fx.Node
+) -> tuple[Spelling, dict[str, Any]] | None:
     """How to spell a module, in the same way if that can be, or else in the same dialect."""
     if has_hooks(module) or "forward" in module.__dict__:
         return None
+    known = node.all_input_nodes[0].meta.get("val")
+    rank = known.dim() if isinstance(known, torch.Tensor) else like.rank
     same_dialect = (each for each in SPELLINGS.values() if each.dialect == like.dialect)
     for spelling in (like, *same_dialect):
-        spelt = spelling.spell(module)
+        spelt = spelling.spell(module) if spelling.rank in (None, rank) else None
         if spelt is not None:
             return spelling, spelt
     return None

@@ -12,9 +12,10 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
+from ..ir.op_traits import traits_of_function
 from .semantics import (
     BATCH_NORMS,
     CONVS,
@@ -22,6 +23,7 @@ from .semantics import (
     TRANSPOSED_CONVS,
     ActivationMeaning,
     AnyConvMeaning,
+    BatchedMatMulMeaning,
     BatchNormMeaning,
     ConvMeaning,
     DropoutMeaning,
@@ -35,10 +37,10 @@ aten = torch.ops.aten
 
 @attrs.frozen
 class Spelling:
-    """A function that spells the call of a module.
+    """A function or method that spells the call of a module.
 
     Args:
-        function: the function, or the overload of a torch operator.
+        function: the function, the overload of a torch operator, or the name of a tensor's method.
         dialect: functions of one dialect may stand in one graph.
         meaning: what the arguments mean.
         names: the positional arguments, in order.
@@ -46,9 +48,11 @@ class Spelling:
         data: the argument by which the chain's value comes in.
         fields: what the module calls those of its tensors that the function calls otherwise.
         item: of a function that returns several values, which of them is the module's.
+        implied: the arguments that its name says, as `_` at its end does.
+        rank: how many dimensions the chain's value has, if it takes no others.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., Any] | str
     dialect: str
     meaning: Meaning
     names: tuple[str, ...]
@@ -56,6 +60,13 @@ class Spelling:
     data: str = "input"
     fields: dict[str, str] = attrs.field(factory=dict)
     item: int | None = None
+    implied: dict[str, Any] = attrs.field(factory=dict)
+    rank: int | None = None
+
+    @property
+    def op(self) -> str:
+        """What FX calls a node that calls it."""
+        return "call_method" if isinstance(self.function, str) else "call_function"
 
     @property
     def says_mode(self) -> bool:
@@ -68,7 +79,9 @@ class Spelling:
             return None
         spelt = self.meaning.lower(module)
         named = (*self.names, *self.keywords)
-        if spelt is None or (spelt.get("inplace") and "inplace" not in named):
+        if spelt is None or any(spelt.get(name) != said for name, said in self.implied.items()):
+            return None
+        if spelt.get("inplace") and "inplace" not in (*named, *self.implied):
             return None
         return {name: spelt[name] for name in named if name != self.data}
 
@@ -83,18 +96,47 @@ _NORM_OF_TORCH = (*_NORM, *_NORM_SETTINGS, "cudnn_enabled")
 _DROP = ("input", "p", "training", "inplace")
 _DROP_OF_TORCH = ("input", "p", "train")
 _BY_DIMS = list(enumerate(zip(CONVS, TRANSPOSED_CONVS, DROPOUTS, strict=True), 1))
+# Each with the settings that function and module name alike.
 _ACTIVATIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "relu": (nn.ReLU, ()),
     "relu6": (nn.ReLU6, ()),
     "hardtanh": (nn.Hardtanh, ("min_val", "max_val")),
     "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
     "elu": (nn.ELU, ("alpha",)),
+    "celu": (nn.CELU, ("alpha",)),
+    "selu": (nn.SELU, ()),
     "silu": (nn.SiLU, ()),
     "mish": (nn.Mish, ()),
     "hardswish": (nn.Hardswish, ()),
     "hardsigmoid": (nn.Hardsigmoid, ()),
+    "sigmoid": (nn.Sigmoid, ()),
+    "tanh": (nn.Tanh, ()),
+    "softplus": (nn.Softplus, ("beta", "threshold")),
+    "hardshrink": (nn.Hardshrink, ("lambd",)),
+    "softshrink": (nn.Softshrink, ("lambd",)),
+    "gelu": (nn.GELU, ("approximate",)),
 }
-_PLAIN_ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+def _activations(dialect: str, place: Any) -> Iterable[Spelling]:
+    """Each activation by its names there, of which that with `_` behind writes in place."""
+    for name, (kind, settings) in _ACTIVATIONS.items():
+        for spelt in (name, f"{name}_"):
+            function = getattr(place, spelt, None)
+            if function is None:
+                continue
+            if place is aten:
+                function = function.default
+            takes_flag = traits_of_function(function).writes_if is not None
+            keywords = settings if kind is nn.GELU else ()
+            yield Spelling(
+                spelt if place is torch.Tensor else function,
+                dialect,
+                ActivationMeaning((kind,), settings),
+                ("input", *(() if keywords else settings), *["inplace"] * takes_flag),
+                keywords,
+                implied={} if spelt == name else {"inplace": True},
+            )
 
 
 def _functional() -> Iterable[Spelling]:
@@ -118,17 +160,8 @@ def _functional() -> Iterable[Spelling]:
     alpha = DropoutMeaning((nn.FeatureAlphaDropout,), by_default=False)
     yield spelling(F.feature_alpha_dropout, alpha, *_DROP)
     yield spelling(torch.dropout, DropoutMeaning((nn.Dropout,), "train"), *_DROP_OF_TORCH)
-    for name, (kind, settings) in _ACTIVATIONS.items():
-        activation = ActivationMeaning((kind,), settings)
-        yield spelling(getattr(F, name), activation, "input", *settings, "inplace")
-    for name, kind in _PLAIN_ACTIVATIONS.items():
-        yield spelling(getattr(F, name), ActivationMeaning((kind,)), "input")
-        yield spelling(getattr(torch, name), ActivationMeaning((kind,)), "input")
-    yield spelling(torch.relu, ActivationMeaning((nn.ReLU,)), "input")
-    approximate = ("approximate",)
-    yield spelling(
-        F.gelu, ActivationMeaning((nn.GELU,), approximate), "input", keywords=approximate
-    )
+    for place in (F, torch, torch.Tensor):
+        yield from _activations("functional", place)
 
 
 def _aten() -> Iterable[Spelling]:
@@ -155,12 +188,7 @@ def _aten() -> Iterable[Spelling]:
     }
     for packet, kinds in drops.items():
         yield spelling(packet.default, DropoutMeaning(kinds, "train"), *_DROP_OF_TORCH)
-    plain = {name: (kind, ()) for name, kind in _PLAIN_ACTIVATIONS.items()}
-    for name, (kind, settings) in {**_ACTIVATIONS, **plain}.items():
-        overload = getattr(aten, name).default
-        yield spelling(overload, ActivationMeaning((kind,), settings), "input", *settings)
-    gelu = ActivationMeaning((nn.GELU,), ("approximate",))
-    yield spelling(aten.gelu.default, gelu, "input", keywords=gelu.settings)
+    yield from _activations("aten", aten)
 
 
 def _decomposed() -> Iterable[Spelling]:
@@ -182,12 +210,21 @@ def _decomposed() -> Iterable[Spelling]:
         item=0,
     )
     fields = {"input": "bias", "mat2": "weight"}
-    addmm = MatMulMeaning((nn.Linear,), has_bias=True)
-    yield spelling(aten.addmm.default, addmm, "input", "mat1", "mat2", data="mat1", fields=fields)
-    mm = MatMulMeaning((nn.Linear,), has_bias=False)
-    yield spelling(aten.mm.default, mm, "input", "mat2", fields=fields)
+    products = {
+        aten.addmm.default: (MatMulMeaning((nn.Linear,), has_bias=True), 2, "mat1"),
+        aten.mm.default: (MatMulMeaning((nn.Linear,), has_bias=False), 2, "input"),
+        aten.bmm.default: (BatchedMatMulMeaning((nn.Linear,), has_bias=False), 3, "input"),
+    }
+    for function, (meaning, rank, data) in products.items():
+        names = ("input", "mat1", "mat2") if data == "mat1" else ("input", "mat2")
+        yield spelling(function, meaning, *names, data=data, fields=fields, rank=rank)
 
 
 SPELLINGS: dict[Any, Spelling] = {
     each.function: each for dialect in (_functional, _aten, _decomposed) for each in dialect()
 }
+
+
+def spelling_of(node: fx.Node) -> Spelling | None:
+    """What is known of the function or method that a node calls, if it spells a module."""
+    return SPELLINGS.get(node.target) if node.op in ("call_function", "call_method") else None

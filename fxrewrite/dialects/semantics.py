@@ -168,6 +168,15 @@ class MatMulMeaning(Meaning):
 
 
 @attrs.frozen
+class BatchedMatMulMeaning(MatMulMeaning):
+    """`bmm` with the same matrix for each of a batch; what replaces it is traced to operators."""
+
+    @override
+    def lower(self, module: Any) -> Arguments | None:
+        return None
+
+
+@attrs.frozen
 class BatchNormMeaning(Meaning):
     """Batch norms of all ranks."""
 
@@ -253,7 +262,11 @@ class ActivationMeaning(Meaning):
         given = {name: value for name, value in given.items() if name != "input"}
         if unknown := [name for name in given if name not in (*self.settings, "inplace")]:
             return f"it is called with a further argument: {unknown[0]}"
-        return self.kinds[0](**given)
+        writes = given.pop("inplace", False)
+        module = self.kinds[0](**given)
+        if writes:  # some functions have a form in place, and their module has no such setting
+            module.inplace = True  # type: ignore[assignment]
+        return module
 
     @override
     def lower(self, module: nn.Module) -> Arguments | None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import fx
+from torch import fx, nn
 
-from ..ir.aliases import hands_on, is_fresh, lends
+from ..ir.aliases import hands_on, is_fresh, is_fresh_module, lends, writes_in_place, written_by
 from ..ir.describe import describe
 from ..ir.graph_view import GraphView
-from .editing import Edit
+from .editing import Edit, Kept, NewCall
 from .legality import written_meanwhile
 from .match import Site
 
@@ -23,7 +23,7 @@ Relation = Literal["new", "same", "unknown"]
 def alias_refusal(site: Site, view: GraphView, edit: Edit) -> str | None:
     """Why this may not take the chain's place, or None, once the rule has said what should."""
     if edit.place is not site.first:
-        reason = written_meanwhile(site, edit.place, view)
+        reason = written_meanwhile(site, edit.place, view, [site.input])
         if reason is not None:
             return reason
     for value in edit.reads:
@@ -47,7 +47,7 @@ def _storage_refusal(
     if seen is None:
         return None
     if writes:
-        return f"what replaces the chain would write in place to {describe(seen, view)}"
+        return f"what replaces the chain may write in place to {describe(seen, view)}"
     for each in (site.last, *view.storage(value)):
         later = view.later_write(each, after=site.first)
         if later is not None and later not in own:
@@ -89,11 +89,10 @@ def _chain_relation(site: Site, value: fx.Node, view: GraphView) -> Relation:
 def _new_relation(value: fx.Node, view: GraphView, edit: Edit) -> Relation:
     """How the storage of what replaces the chain is related to that of a value that it reads."""
     if edit.steps:
-        steps = [each.storage(view) for each in edit.steps]
-        if any(step.is_fresh for step in steps):
+        if any(_is_fresh(each, view) for each in edit.steps):
             return "new"
-        reads_one = len(edit.reads) == 1
-        return "same" if reads_one and all(step.hands_on for step in steps) else "unknown"
+        hand_on = all(hands_on(_module(each)) for each in edit.steps)
+        return "same" if len(edit.reads) == 1 and hand_on else "unknown"
     if edit.result is value:
         return "same"
     return "unknown" if view.storage(edit.result) & view.storage(value) else "new"
@@ -101,8 +100,17 @@ def _new_relation(value: fx.Node, view: GraphView, edit: Edit) -> Relation:
 
 def _writes_to(value: fx.Node, view: GraphView, edit: Edit) -> bool:
     """Whether what replaces the chain writes to a value that it reads."""
-    steps = [each.storage(view) for each in edit.steps]
-    new = next((i for i, step in enumerate(steps) if step.is_fresh), len(steps))
-    return any(step.writes for step in steps[: new + 1]) or any(
-        view.touches(node, value) for node in edit.nodes if not steps
-    )
+    for each in edit.steps:
+        if written_by(each.node, view) if isinstance(each, Kept) else writes_in_place(each.module):
+            return True
+        if _is_fresh(each, view):
+            return False
+    return not edit.steps and any(view.touches(node, value) for node in edit.nodes)
+
+
+def _is_fresh(step: NewCall | Kept, view: GraphView) -> bool:
+    return is_fresh(step.node, view) if isinstance(step, Kept) else is_fresh_module(step.module)
+
+
+def _module(step: NewCall | Kept) -> nn.Module | None:
+    return step.link.module if isinstance(step, Kept) else step.module

@@ -9,7 +9,6 @@ from typing import Any
 import attrs
 from torch import fx, nn
 
-from ..ir.aliases import hands_on, is_fresh, is_fresh_module, writes_in_place, written_by
 from ..ir.describe import PROVENANCE
 from ..ir.graph_view import GraphView
 from ..ir.spelling import spell, split
@@ -17,15 +16,6 @@ from ..module_utils.torch_private import is_erased, pytree
 from ..rules.actions import Action, Bypass, Call, Replace, Revise, Split
 from ..rules.values import Value
 from .match import Link, Site
-
-
-@attrs.frozen
-class Storage:
-    """What a step does with storage: makes some, hands its input on as it is, writes to that."""
-
-    is_fresh: bool
-    hands_on: bool
-    writes: bool
 
 
 @attrs.frozen(eq=False)
@@ -36,11 +26,6 @@ class NewCall:
     node: fx.Node
     reads: tuple[fx.Node, ...]
     slot: Link | None
-
-    def storage(self, view: GraphView) -> Storage:
-        """What the module does with storage."""
-        module = self.module
-        return Storage(is_fresh_module(module), hands_on(module), writes_in_place(module))
 
 
 @attrs.frozen(eq=False)
@@ -54,11 +39,6 @@ class Kept:
     def node(self) -> fx.Node:
         """Its node."""
         return self.link.node
-
-    def storage(self, view: GraphView) -> Storage:
-        """What the step does with storage."""
-        writes = bool(written_by(self.node, view))
-        return Storage(is_fresh(self.node, view), hands_on(self.link.module), writes)
 
 
 @attrs.frozen(eq=False)

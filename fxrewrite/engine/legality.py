@@ -6,6 +6,8 @@ guards say only what is special to the rule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx, nn
 
 from ..ir.aliases import is_fresh, written_by
@@ -31,9 +33,11 @@ def refusal(site: Site, view: GraphView, *, any_mode: bool) -> str | None:
     )
 
 
-def written_meanwhile(site: Site, place: fx.Node, view: GraphView) -> str | None:
-    """Why the chain's input may not be read as late as at this node, or None."""
-    write = view.write_between(site.first, place, [site.input], site.nodes)
+def written_meanwhile(
+    site: Site, place: fx.Node, view: GraphView, reads: Iterable[fx.Node]
+) -> str | None:
+    """Why these values, which the chain reads, may not be read as late as at this node, or None."""
+    write = view.write_between(site.first, place, reads, site.nodes)
     if write is None:
         return None
     return f"{describe(write, view)} writes in place to what the chain reads"
@@ -140,7 +144,4 @@ def _hazard(site: Site, view: GraphView) -> str | None:
     reads = [side for link in site.links for side in link.side_inputs]
     if site.pattern.branches or not is_fresh(site.first, view):
         reads.append(site.input)
-    write = view.write_between(site.first, site.last, reads, nodes) if reads else None
-    if write is None:
-        return None
-    return f"{describe(write, view)} writes in place to what the chain reads"
+    return written_meanwhile(site, site.last, view, reads)

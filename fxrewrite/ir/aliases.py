@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ..module_utils.hooks import runs_its_forward_alone
+from ..module_utils.subclassing import overridden
 from .op_traits import ALL, FIRST, traits_of, traits_of_module
 from .overlay import Overlay
 
@@ -46,7 +48,7 @@ def is_fresh(node: fx.Node, view: Overlay) -> bool:
 
 def is_fresh_module(module: nn.Module | None) -> bool:
     """Whether a module's output is sure to share no storage with its input."""
-    return traits_of_module(module).fresh and not writes_in_place(module)
+    return any(traits_of_module(e).fresh and not _is_in_place(e) for e in _steps(module))
 
 
 def hands_on(module: nn.Module | None) -> bool:
@@ -55,7 +57,22 @@ def hands_on(module: nn.Module | None) -> bool:
 
 
 def writes_in_place(module: nn.Module | None) -> bool:
-    """Whether a module, or one in it, says that it writes to its input."""
+    """Whether a module, or one in it, may write to its input."""
+    steps = _steps(module)
+    decides = (e for e in steps if _is_in_place(e) or traits_of_module(e).fresh)
+    return _is_in_place(next(decides, None))
+
+
+def _steps(module: nn.Module | None) -> list[nn.Module | None]:
+    """What a module calls one after the other, in a plain Sequential; of any other, itself."""
+    if not isinstance(module, nn.Sequential) or overridden(type(module), nn.Sequential):
+        return [module]
+    is_plain = all(map(runs_its_forward_alone, module.modules()))
+    return [step for each in module for step in _steps(each)] if is_plain else [module]
+
+
+def _is_in_place(module: nn.Module | None) -> bool:
+    """Whether a module, or one in it, says that it writes in place."""
     if module is None or not module._modules:
         return module is not None and module.__dict__.get("inplace") is True
     return any(each.__dict__.get("inplace") is True for each in module.modules())

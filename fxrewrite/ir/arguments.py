@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
+import numbers
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,15 @@ from torch import fx, nn
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from ..module_utils.torch_private import OpOverload, OpOverloadPacket, boolean_dispatched
+from .op_traits import base_name, traits_of
 
-_TORCH_NAME = {
-    operator.truediv: "true_divide",
-    operator.itruediv: "true_divide",
-    operator.floordiv: "floor_divide",
-    operator.ifloordiv: "floor_divide",
-    operator.iadd: "add",
-    operator.isub: "sub",
-    operator.imul: "mul",
+_TORCH_NAME = {"truediv": "true_divide", "floordiv": "floor_divide"}
+# Which constants an overload takes, by the types in its schema, where those say it.
+_TAKES: dict[Any, Any] = {
+    **{each: each for each in (torch.Tensor, bool, str, type(None))},
+    **dict.fromkeys((float, complex, numbers.Number), numbers.Number),
+    int: (int, torch.dtype, torch.layout, torch.memory_format),
+    list: (int, list, tuple),
 }
 
 
@@ -29,9 +30,9 @@ def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[st
     """The arguments that a node gives, by name; `0`, `1`, ... where the callee's names are unknown.
 
     Torch's own functions, operators and methods share names: `a + b`, `torch.add(a, b)` and
-    `a.add(b)` all give `input` and `other`.
+    `a.add(b)` all give `input` and `other`. Of overloads, the first counts that takes such values.
     """
-    spelt = [node.args]
+    spelt, bindings = [node.args], []
     if node.op == "call_method" and len(node.args) > 1:
         # Some methods take a list item by item: x.permute(1, 0).
         spelt.append((node.args[0], node.args[1:]))
@@ -41,8 +42,23 @@ def arguments(node: fx.Node, callee: Callable[..., Any] | str | type) -> dict[st
                 bound = signature.bind(*args, **node.kwargs)
             except TypeError:
                 continue
-            return _flat(signature, bound)
+            if all(_fits(e, signature.parameters[k]) for k, e in bound.arguments.items()):
+                return _flat(signature, bound)
+            bindings.append((signature, bound))
+    if bindings:
+        return _flat(*bindings[0])
     return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
+
+
+def _fits(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether an overload takes this argument; what a node gives is a tensor, for all one knows."""
+    wanted = parameter.annotation
+    several = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Union else (wanted,)
+    kinds = [typing.get_origin(each) or each for each in several]
+    if isinstance(value, fx.Node):
+        asks = traits_of(value, None).asks == "metadata"
+        return any(e not in _TAKES or (e is torch.Tensor) is not asks for e in kinds)
+    return any(isinstance(value, _TAKES.get(each, object)) for each in kinds)
 
 
 def is_default(callee: Callable[..., Any] | str | type, name: str, value: Any) -> bool:
@@ -82,8 +98,9 @@ def _signatures(callee: Callable[..., Any] | str | type) -> tuple[inspect.Signat
     if isinstance(callee, OpOverload | OpOverloadPacket):
         return _torch_signatures(callee)
     if getattr(callee, "__module__", None) == "_operator":
-        name = _TORCH_NAME.get(callee, callee.__name__)
-        return _torch_signatures(getattr(torch, name, None)) or _python_signature(callee)
+        name = base_name(callee).removesuffix("_")
+        torchs = getattr(torch, _TORCH_NAME.get(name, name), None)
+        return _torch_signatures(torchs) or _python_signature(callee)
     return _python_signature(callee) or _torch_signatures(callee)
 
 

@@ -79,7 +79,7 @@ _norm = functools.partial(OpTraits, pointwise=True, writes=("running_mean", "run
 
 _CALLS = {
     # What computes with numbers.
-    "elu gelu hardswish hardtanh leaky_relu mish relu relu6 selu silu": _new(
+    "celu elu gelu hardswish hardtanh leaky_relu mish relu relu6 selu silu": _new(
         pointwise=True, keeps="metadata", activation=True
     ),
     "hardsigmoid": _new(pointwise=True, activation=True),
@@ -96,9 +96,9 @@ _CALLS = {
     "concat floordiv lshift mod rshift": OpTraits(pointwise=True),
     "setitem": OpTraits(pointwise=True, writes=(FIRST,)),
     "addmm avg_pool1d avg_pool2d avg_pool3d baddbmm bmm cat conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d group_norm layer_norm linear log_softmax matmul max_pool1d "
-    "max_pool2d max_pool3d mean mm rsub scaled_dot_product_attention softmax softplus stack "
-    "sum": _new(),
+    "conv_transpose2d conv_transpose3d group_norm hardshrink layer_norm linear log_softmax matmul "
+    "max_pool1d max_pool2d max_pool3d mean mm rsub scaled_dot_product_attention softmax softplus "
+    "softshrink stack sum": _new(),
     "clone": _new(pointwise=True, keeps="metadata", pure=True),
     "clamp copy fill zero": OpTraits(pointwise=True),
     "masked_fill": _view(pointwise=True),
@@ -146,8 +146,8 @@ _ATTRIBUTES = {
 _keeping = functools.partial(_new, keeps="metadata")
 _MODULES: dict[tuple[type[nn.Module], ...], OpTraits] = {
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm): _keeping(),
-    (nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU,
-     nn.SiLU): _keeping(activation=True),
+    (nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6,
+     nn.SELU, nn.SiLU): _keeping(activation=True),
     (nn.Hardsigmoid, nn.PReLU, nn.Sigmoid, nn.Tanh): _new(keeps="rank", activation=True),
     (nn.Linear,): _new(keeps="rank", layer=True),
     (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,

@@ -114,7 +114,7 @@ class ExportedProgramTarget(GraphTarget):
     def finished(self, view: GraphView) -> ExportedProgram:
         """A program of what became of the graph."""
         program = self._program
-        legalise(view, self._own, pre_dispatch=program.dialect == "TRAINING")
+        legalise(view, self._own, self._read, pre_dispatch=program.dialect == "TRAINING")
         read = {
             str(node.target): node
             for node in view.graph.find_nodes(op="get_attr")

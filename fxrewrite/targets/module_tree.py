@@ -137,7 +137,8 @@ class ModuleTreeTarget(GraphTarget):
         if len(homes) > 1:
             return f"of what it calls, not all is called by the same code; {_ELSEWHERE}"
         for call in () if edit.revises else edit.calls:
-            if (reason := written_meanwhile(site, call.node, view)) is not None:
+            reason = written_meanwhile(site, call.node, view, [site.input])
+            if reason is not None:
                 return reason
         return self._parted(site, changed, edit)
 

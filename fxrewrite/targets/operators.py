@@ -28,12 +28,15 @@ def known_values(view: GraphView, nodes: list[fx.Node]) -> tuple[list[Any], Fake
     return [recorded(view, node, mode) for node in nodes], mode
 
 
-def legalise(view: GraphView, own: Container[fx.Node], *, pre_dispatch: bool) -> None:
+def legalise(
+    view: GraphView, own: Container[fx.Node], names: Container[str], *, pre_dispatch: bool
+) -> None:
     """Trace each call of a module, method or Python function down to operators, in place.
 
     Args:
         view: a graph whose values are known as fake tensors.
         own: the nodes that the graph had before; they are legal as they are.
+        names: the tensors that it read; a new one may take the name of one that is read no more.
         pre_dispatch: whether the operators are those of a program that is not decomposed yet.
 
     Raises:
@@ -43,10 +46,10 @@ def legalise(view: GraphView, own: Container[fx.Node], *, pre_dispatch: bool) ->
         is_function = node.op == "call_function" and node.target is not operator.getitem
         is_legal = node in own or isinstance(node.target, _OPERATORS)
         if node.op in ("call_module", "call_method") or (is_function and not is_legal):
-            _legalise(view, node, pre_dispatch)
+            _legalise(view, node, names, pre_dispatch)
 
 
-def _legalise(view: GraphView, node: fx.Node, pre_dispatch: bool) -> None:
+def _legalise(view: GraphView, node: fx.Node, names: Container[str], pre_dispatch: bool) -> None:
     module = view.module(node)
     view.count(node, -1)
     inputs = list(node.all_input_nodes)
@@ -56,12 +59,18 @@ def _legalise(view: GraphView, node: fx.Node, pre_dispatch: bool) -> None:
     if module is not None:
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with view.graph.inserting_before(node):
-        read = [_attribute(view, f"{node.target}.{name}", each) for name, each in tensors.items()]
+        read = []
+        for name, each in tensors.items():
+            target = f"{node.target}.{name}"
+            if target not in names or view.is_used(target):
+                target = view.free_name(target)
+            read.append(_attribute(view, target, each))
         renew(view, read, mode)
         inputs += read
         traced = _traced(view, node, inputs, list(tensors), pre_dispatch)
         for each in traced.graph.find_nodes(op="get_attr"):  # tensors that the function made
-            constant = _attribute(view, f"{node.name}_constant", getattr(traced, str(each.target)))
+            target = view.free_name(f"{node.name}_constant")
+            constant = _attribute(view, target, getattr(traced, str(each.target)))
             each.target = constant.target
             view.graph.erase_node(constant)
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -76,8 +85,7 @@ def _legalise(view: GraphView, node: fx.Node, pre_dispatch: bool) -> None:
     view.graph.erase_node(node)
 
 
-def _attribute(view: GraphView, name: str, tensor: torch.Tensor) -> fx.Node:
-    target = view.free_name(name)
+def _attribute(view: GraphView, target: str, tensor: torch.Tensor) -> fx.Node:
     view.place(target, tensor)
     node = view.graph.create_node("get_attr", target)
     view.count(node, +1)

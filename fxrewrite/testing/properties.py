@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxrewrite.api import plan, rewrite
 from fxrewrite.dialects.lifting import any_is
-from fxrewrite.dialects.op_table import SPELLINGS
+from fxrewrite.dialects.op_table import spelling_of
 from fxrewrite.engine.matcher import accepts
 from fxrewrite.engine.report import Finding
 from fxrewrite.errors import FxRewriteError, NotCopiedError, TraceError
@@ -143,7 +143,8 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
             for rule in looking:
                 if not _is_told_by(rule, told):
                     return f"nothing is said of {name} by {rule.name}"
-            means = node.target not in functions and any_is(_meant(node), spelt)
+            spelling = None if node.target in functions else spelling_of(node)
+            means = spelling is not None and any_is(spelling.meaning.kinds, spelt)
             if means and not told:
                 return f"nothing is said of {own}"
             calls[name] += bool(looking) or means
@@ -174,7 +175,7 @@ def _views(rules: Sequence[Rule[Any]], model: nn.Module, into: str) -> list[Grap
 def _functions(pattern: Pattern) -> Iterator[Any]:
     """The functions that a rule is about as they are, whatever module their call stands for."""
     for step in pattern.steps:
-        yield from () if step.modules else step.functions
+        yield from () if step.modules else (*step.functions, *step.methods)
     for branch in pattern.branches:
         yield from _functions(branch.pattern)
 
@@ -183,11 +184,6 @@ def _is_told_by(rule: Rule[Any], told: Sequence[Finding]) -> bool:
     """Whether a rule's answer is among what is told of an anchor, or else that another applied."""
     said = (one.rule for each in told for one in (each, *each.others))
     return rule.name in said or any(each.outcome == "applied" for each in told)
-
-
-def _meant(node: fx.Node) -> tuple[type, ...]:
-    """The types of modules that a functional call may stand for."""
-    return SPELLINGS[node.target].meaning.kinds if node.target in SPELLINGS else ()
 
 
 def _is_told(report: Report, name: str) -> bool:

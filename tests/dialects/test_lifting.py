@@ -65,6 +65,10 @@ MODULES: dict[Any, Any] = {
     nn.Hardtanh: lambda: nn.Hardtanh(-0.5, 0.25),
     nn.LeakyReLU: lambda: nn.LeakyReLU(0.3),
     nn.ELU: lambda: nn.ELU(0.7),
+    nn.CELU: lambda: nn.CELU(0.6),
+    nn.Softplus: lambda: nn.Softplus(0.5, 3.0),
+    nn.Hardshrink: lambda: nn.Hardshrink(0.3),
+    nn.Softshrink: lambda: nn.Softshrink(0.3),
     nn.GELU: lambda: nn.GELU("tanh"),
 }
 SHAPES: dict[Any, tuple[int, ...]] = {nn.Linear: (4, 7)}
@@ -74,21 +78,40 @@ for rank, (side, *kinds) in {
     3: (6, nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.Dropout3d),
 }.items():
     SHAPES.update((kind, (2, 4, *[side] * rank)) for kind in kinds)
-SPELT = [(spelling, kind) for spelling in SPELLINGS.values() for kind in spelling.meaning.kinds]
+SPELT = [
+    (spelling, kind)
+    for spelling in SPELLINGS.values()
+    for kind in spelling.meaning.kinds
+    if spelling.function is not torch.ops.aten.bmm.default  # which nothing is spelt by
+]
 
 
-@pytest.mark.parametrize(
-    ("spelling", "kind"), SPELT, ids=lambda each: getattr(each, "__name__", None)
-)
+def name_of(each: Any) -> str:
+    """What a case is called: the module, or the function with its library."""
+    if isinstance(each, Spelling):
+        return f"{getattr(each.function, '__module__', 'method')}.{named(each)}"
+    return str(each.__name__)
+
+
+def named(spelling: Spelling) -> str:
+    """What a function is called, its overload included."""
+    return str(getattr(spelling.function, "__name__", spelling.function))
+
+
+@pytest.mark.parametrize(("spelling", "kind"), SPELT, ids=name_of)
 def test_a_spelling_says_what_the_module_does(spelling: Spelling, kind: type[nn.Module]) -> None:
     """Called with the arguments that spell a module, the function gives what the module gives.
 
-    Read from these arguments, the module has the same settings and the very same tensors.
+    Read from these arguments, the module has the same settings and the very same tensors. What says
+    by its name that it writes in place does so, and so does the module, if it has such a form.
     """
     module = nets.randomise(MODULES.get(kind, kind)()).double()
+    if spelling.implied:
+        assert spelling.spell(module) is None
+        module.inplace = True
     if spelling.function is torch.ops.aten.mm.default:
         module.bias = None
-    if spelling.function.__name__.endswith(".padding"):
+    if named(spelling).endswith(".padding"):
         module = kind(4, 6, 3, padding="same", dilation=2).double()
     x = nets.random_input(SHAPES.get(kind, (2, 4, 3)))
     spelt = spelling.spell(module)
@@ -97,18 +120,23 @@ def test_a_spelling_says_what_the_module_does(spelling: Spelling, kind: type[nn.
         k: v.tensor.t() if isinstance(v, Transposed) else list(v) if isinstance(v, tuple) else v
         for k, v in {**spelt, spelling.data: x}.items()
     }
-    made = spelling.function(
+    function = spelling.function
+    function = getattr(torch.Tensor, function) if isinstance(function, str) else function
+    plain[spelling.data] = given = x.clone()
+    made = function(
         *(plain[name] for name in spelling.names), **{k: plain[k] for k in spelling.keywords}
     )
     made = made if spelling.item is None else made[spelling.item]
-    torch.testing.assert_close(made, module(x), rtol=0, atol=1e-12)
-    again = spelling.meaning.lift({k: v for k, v in spelt.items() if v is not None}, x.dim())
+    assert made is given or not spelling.implied
+    torch.testing.assert_close(made, module(x.clone()), rtol=0, atol=1e-12)
+    written = {k: v for k, v in {**spelt, **spelling.implied}.items() if v is not None}
+    again = spelling.meaning.lift(written, x.dim())
     assert isinstance(again, nn.Module)
     assert repr(again) == repr(module)
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if name != "num_batches_tracked":
             assert getattr(again, name) is tensor
-    torch.testing.assert_close(again(x), module(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(again(x.clone()), module(x.clone()), rtol=0, atol=1e-12)
 
 
 # Chains.
@@ -302,6 +330,61 @@ def test_what_no_function_spells_is_called_as_a_module() -> None:
     net = nets.Forward(lambda net, x: norm_of(net, net.conv(x)), conv=nets.conv(), norm=nets.bn())
     made, _ = fxr.rewrite(net, rule)
     assert called(made) == ["Conv2d", "Sequential"]
+
+
+ACTS: dict[str, tuple[Any, nn.Module]] = {
+    "x.relu()": (lambda x: x.relu(), nn.ReLU()),
+    "x.relu_()": (lambda x: x.relu_(), nn.ReLU(inplace=True)),
+    "torch.relu(x)": (torch.relu, nn.ReLU()),
+    "torch.relu_(x)": (lambda x: torch.relu_(x), nn.ReLU(inplace=True)),
+    "F.relu(x, True)": (lambda x: F.relu(x, True), nn.ReLU(inplace=True)),
+    "x.sigmoid()": (lambda x: x.sigmoid(), nn.Sigmoid()),
+    "x.sigmoid_()": (lambda x: x.sigmoid_(), nn.Sigmoid()),
+    "torch.tanh_(x)": (lambda x: torch.tanh_(x), nn.Tanh()),
+    "F.hardtanh_(x, -0.5, 0.25)": (
+        lambda x: F.hardtanh_(x, -0.5, 0.25),
+        nn.Hardtanh(-0.5, 0.25, inplace=True),
+    ),
+    "F.leaky_relu_(x, 0.3)": (lambda x: F.leaky_relu_(x, 0.3), nn.LeakyReLU(0.3, inplace=True)),
+    "torch.celu_(x, 0.5)": (lambda x: torch.celu_(x, 0.5), nn.CELU(0.5, inplace=True)),
+    "x.hardshrink(0.25)": (lambda x: x.hardshrink(0.25), nn.Hardshrink(0.25)),
+}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("name", ACTS)
+def test_an_activation_is_read_as_its_module_however_it_is_spelt(name: str, exported: bool) -> None:
+    """As a function, a method, or in place; what is left as it was keeps its spelling."""
+    call, module = ACTS[name]
+    found: list[Any] = []
+
+    def once(m: Any) -> str | None:
+        return None if m.conv.bias is not None else "it has no bias any more"
+
+    @fxr.rule(pattern=fxr.chain(conv=nn.Conv2d, act=type(module)), where=[once])
+    def seen(m: Any) -> fxr.Revise:
+        found.append(m.act)
+        return fxr.Revise(conv=fxr.evolve(m.conv, bias=None))
+
+    net: Any = nets.Forward(lambda net, x: call(net.conv(x)), conv=nets.conv()).double()
+    net = torch.export.export(net, (nets.X,)) if exported else net
+    before = (net if exported else fx.symbolic_trace(net)).graph
+    made, _ = fxr.rewrite(net, seen, expect={"seen": 1})
+    last, was = ([*graph.nodes][-2] for graph in (made.graph, before))
+    assert (last.op, last.target, last.args[1:]) == (was.op, was.target, was.args[1:])
+    assert repr(found[0]) == repr(module)
+    assert getattr(found[0], "inplace", False) is ("_(" in name or "True" in name)
+
+
+def test_an_activation_called_with_more_is_no_module() -> None:
+    """ELU's further factors, and an output that is given, are no settings of the module."""
+    act = fxr.rule(pattern=fxr.chain(act=nn.ELU | nn.Tanh), name="act")(lambda m: fxr.Bypass())
+    for call, reason in (
+        (lambda x: F.elu_(x, 1.0, 2.0), "it is called with a further argument: scale"),
+        (lambda x: torch.tanh(x, out=x), "its out is conv (Conv2d), not a tensor of the model"),
+    ):
+        net = nets.Forward(lambda net, x, call=call: call(net.conv(x)), conv=nets.conv())
+        assert [each.reason for each in fxr.plan(net, act).missed] == [reason]
 
 
 # Random models.

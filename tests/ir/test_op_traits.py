@@ -82,13 +82,14 @@ BEFORE: dict[str, tuple[Callable[[OpTraits], bool], str]] = {
 }
 # What was in none of these and is in them now, since the rows that it joined say so.
 JOINED = {
-    "fresh": "logical_xor bitwise_and bitwise_or bitwise_xor maximum minimum multiply",
-    "keeps": "selu",
-    "pointwise": "abs and or xor bitwise_and bitwise_or bitwise_xor cos concat floordiv "
+    "fresh": "celu hardshrink softshrink logical_xor bitwise_and bitwise_or bitwise_xor maximum "
+    "minimum multiply",
+    "keeps": "celu selu",
+    "pointwise": "abs and celu or xor bitwise_and bitwise_or bitwise_xor cos concat floordiv "
     "instance_norm log logical_and logical_not logical_or logical_xor lshift maximum minimum mod "
     "multiply pow reciprocal rshift rsqrt selu setitem sin true_divide truediv "
     "_batch_norm_impl_index cudnn_batch_norm miopen_batch_norm native_batch_norm",
-    "activation": "gelu",
+    "activation": "celu gelu",
     "any strides": "alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout",
     "metadata": "element_size",
 }

@@ -11,6 +11,7 @@ import torch
 from fxrewrite.patterns.merge_siblings import of_any_size
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fxrewrite as fxr
 from fxrewrite.targets.module_copy import NotCopiedError
@@ -18,9 +19,31 @@ from fxrewrite.testing import Case, check_model
 
 # The long profile, by hand: see docs/testing.md.
 MODELS = 4_000 if settings.get_current_profile_name() == "long" else 100
-# Siblings are merged however large they are, since the limits of `merge_siblings` need shapes.
-SETS = ("conv_bn", "affine", "cleanup", "inference", "reparam", of_any_size)
 
+
+@fxr.pattern
+class LayerAct:
+    """A layer, and what may write in place to what it makes."""
+
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+    act: nn.ReLU | nn.LeakyReLU | nn.Hardtanh | nn.Sigmoid | nn.Tanh
+
+
+def is_new(m: LayerAct) -> str | None:
+    """Once is enough."""
+    return "it is in one already" if hasattr(m.layer, "is_in_one") else None
+
+
+@fxr.rule(where=[is_new], quiet=True)
+def keep_in_one(m: LayerAct) -> fxr.Replace:
+    """Layer and activation as one module."""
+    layer = fxr.evolve(m.layer)
+    layer.is_in_one = True
+    return fxr.Replace(nn.Sequential(layer, m.act), slot="layer")
+
+
+# Siblings are merged however large they are, since the limits of `merge_siblings` need shapes.
+SETS = ("conv_bn", "affine", "cleanup", "inference", "reparam", of_any_size, keep_in_one)
 # One set, or several in any order.
 rules = st.sampled_from(SETS).map(lambda name: [name]) | st.permutations(SETS).flatmap(
     lambda names: st.integers(2, len(SETS)).map(lambda count: list(names[:count]))

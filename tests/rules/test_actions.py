@@ -118,7 +118,65 @@ def test_a_write_in_place_must_not_reach_what_others_read():
     model = nets.Forward(
         lambda m, x: m.act(m.drop(x)) + x, drop=nn.GELU(), act=nn.ReLU(inplace=True)
     )
-    assert "would write in place" in fxr.plan(model, rule).refused[0].reason
+    assert "may write in place to" in fxr.plan(model, rule).refused[0].reason
+
+
+class ActFirst(nn.Sequential):
+    """A Sequential with an order of its own."""
+
+    def forward(self, x):
+        return self[0](self[1](x))
+
+
+class Both(nn.Module):
+    """A module whose code nobody looks at."""
+
+    def __init__(self, conv, act):
+        super().__init__()
+        self.conv, self.act = conv, act
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+def hooked(conv, act):
+    conv = fxr.evolve(conv)
+    conv.register_forward_hook(lambda module, args, output: args[0])
+    return nn.Sequential(conv, act)
+
+
+def kept(make):
+    chain = fxr.chain(conv=nn.Conv2d, act=nn.ReLU)
+    return fxr.rule(pattern=chain, name="kept")(lambda m: fxr.Replace(make(m.conv, m.act)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.Sequential,
+        lambda conv, act: nn.Sequential(nn.Sequential(nn.Identity(), conv), act),
+        lambda conv, act: nn.Sequential(conv, nn.Sequential(nn.Dropout(), act)),
+        torch.ao.nn.intrinsic.ConvReLU2d,
+    ],
+)
+def test_what_a_replacement_writes_to_may_be_its_own(make):
+    """An activation in place behind a layer writes to what the layer made."""
+    model = net(nets.conv(), nn.ReLU(inplace=True))
+    made, _ = fxr.rewrite(model, kept(make), expect={"kept": 1})
+    x = X.clone()
+    torch.testing.assert_close(made(x), model(X.clone()), rtol=0, atol=0)
+    assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize("make", [lambda c, a: nn.Sequential(a, c), ActFirst, Both, hooked])
+def test_what_may_write_to_the_input_is_refused(make):
+    """Where nothing is sure to be made before, the write may reach what others read."""
+    model = net(nets.conv(), nn.ReLU(inplace=True))
+    reason = fxr.plan(model, kept(make)).refused[0].reason
+    assert reason == "what replaces the chain may write in place to the model's input 'input'"
+    behind = net(nets.conv(), nets.conv(), nn.ReLU(inplace=True))
+    made, _ = fxr.rewrite(behind, kept(make), expect={"kept": 1})  # what alone reads its input
+    assert made(X.clone()).shape == X.shape
 
 
 def test_an_anchor_that_stays_is_accounted_for():
