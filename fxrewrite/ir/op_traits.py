@@ -119,6 +119,7 @@ _CALLS = {
     "double expand flatten float permute reshape squeeze t transpose unflatten unsqueeze": _view(
         pure=True
     ),
+    "convert_element_type": _view(pure=True),
     "bfloat16 half movedim narrow repeat select swapaxes": _view(),
     "einsum type where": OpTraits(strides="any"),  # the last two may give no tensor
     "getitem": OpTraits(strides="any", pure=True),
@@ -253,7 +254,7 @@ def base_name(function: Any) -> str:
     """What torch calls one of its functions, without namespace and overload; "" of any other."""
     if isinstance(function, OpOverload | OpOverloadPacket):
         namespace, _, name = operator_name(_overloads(function)[0]).partition("::")
-        return name if namespace == "aten" else ""
+        return name if namespace in ("aten", "prims") else ""
     name = getattr(function, "__name__", "")
     if function is len or getattr(function, "__module__", None) == "_operator":
         return _of_python(name)

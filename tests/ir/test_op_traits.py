@@ -90,7 +90,9 @@ JOINED = {
     "multiply pow reciprocal rshift rsqrt selu setitem sin true_divide truediv "
     "_batch_norm_impl_index cudnn_batch_norm miopen_batch_norm native_batch_norm",
     "activation": "celu gelu",
-    "any strides": "alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout",
+    "any strides": "alpha_dropout convert_element_type dropout1d dropout2d dropout3d "
+    "feature_alpha_dropout",
+    "pure": "convert_element_type",
     "metadata": "element_size",
 }
 
@@ -215,6 +217,7 @@ ARGS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "select": lambda: (rand(2, 4), 1, 0),
     "swapaxes": lambda: (rand(2, 4), 0, 1),
     "einsum": lambda: ("ij->ji", rand(2, 4)),
+    "convert_element_type": lambda: (rand(2, 4), torch.float64),
     "type": lambda: (rand(2, 4), torch.float64),
     "where": lambda: (rand(2, 4) > 0.5, rand(2, 4), rand(2, 4)),
     "getitem": lambda: (rand(2, 4), 0),
@@ -248,10 +251,10 @@ def callees(name: str) -> Iterator[Any]:
         for each in names:
             if callable(found := getattr(holder, each, None)) and not isinstance(found, type):
                 yield found
-    packet = getattr(aten, name, None)
-    for overload in packet.overloads() if packet is not None else ():
-        if "out" not in overload:
-            yield getattr(packet, overload)
+    for packet in (getattr(aten, name, None), getattr(torch.ops.prims, name, None)):
+        for overload in packet.overloads() if packet is not None else ():
+            if "out" not in overload:
+                yield getattr(packet, overload)
 
 
 def runs(name: str) -> Iterator[tuple[Any, tuple[Any, ...], Any]]:
