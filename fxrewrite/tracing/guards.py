@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -44,6 +45,7 @@ class Watch:
         model: what it traces.
         left_out: arguments that are traced at their default, with the line that asks of each.
         as_of_tensors: whether what is made of the arguments is sure to be made of tensors.
+        looks: whether to look at what is asked, which takes as long as the trace.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class Watch:
         left_out: Mapping[str, str],
         *,
         as_of_tensors: bool,
+        looks: bool,
     ) -> None:
         self.expectations: dict[str, Expectation] = {}
+        # Whether a forward asked anything that is decided here, but for its mode.
+        self.was_asked = False
         self._tracer, self._model, self._left_out = tracer, model, left_out
         self._kinds = Kinds(model, as_of_tensors=as_of_tensors)
         self._found: dict[tuple[Any, ...], tuple[Assumption, fx.Node | None]] = {}
@@ -62,7 +67,7 @@ class Watch:
         self._globals: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
         self._arguments = tracer.create_args_for_root
         tracer.create_args_for_root = self._at_default  # type: ignore[method-assign, assignment]
-        self._frames = Frames(tracer, self._on_question)
+        self._frames = Frames(tracer, self._on_question) if looks else contextlib.nullcontext()
 
     @functools.cached_property
     def _ids(self) -> frozenset[int]:
@@ -75,7 +80,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._frames.__exit__()
+        self._frames.__exit__(None, None, None)
         for (_where, name), (where, value) in self._globals.items():
             if value is _ABSENT:
                 where.pop(name, None)
@@ -137,11 +142,13 @@ class Watch:
 
     def _on_question(self, frame: FrameType, question: Question) -> None:
         self._asking = (frame, frame.f_lasti)
-        if question.kind in ("torch", "global", "try"):
-            self._decide_outside(frame, question)
-            return
+        is_outside = question.kind in ("torch", "global", "try")
         named = [lookup(frame, name) for name in question.names]
-        if question.kind != "training" and not any(map(holds_proxy, named)):
+        if not (is_outside or question.kind == "training" or any(map(holds_proxy, named))):
+            return
+        self.was_asked |= question.kind != "training"
+        if is_outside:
+            self._decide_outside(frame, question)
             return
         try:
             self._decide(frame, question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from itertools import zip_longest
 from types import FrameType
 from typing import Any
@@ -19,13 +19,22 @@ Constants = Mapping[str, Any]
 
 
 def first_difference(
-    one: fx.Graph, other: fx.Graph, constants: Constants, others: Constants
+    one: fx.Graph,
+    other: fx.Graph,
+    constants: Constants,
+    others: Constants,
+    passed_by: Container[object] = (),
 ) -> tuple[fx.Node, str] | None:
     """The first node of a graph that another trace of the same forward gave otherwise, and how.
 
-    Its tensors are compared bit for bit, by the names of the constants that they are in.
+    Its tensors are compared bit for bit, by the names of the constants that they are in. Nodes
+    whose target is `passed_by` do not count.
     """
-    for mine, theirs in zip_longest(one.nodes, other.nodes):
+    graphs = [
+        [each for each in graph.nodes if each.target not in passed_by] for graph in (one, other)
+    ]
+    place = {node: i for nodes in graphs for i, node in enumerate(nodes)}
+    for mine, theirs in zip_longest(*graphs):
         if mine is None or theirs is None:
             return (mine or theirs), "one trace of it makes more calls than the next"
         if mine.op != theirs.op or _called(mine) != _called(theirs):
@@ -34,7 +43,7 @@ def first_difference(
         if mine.op == "get_attr" and mine.target in constants:
             given.append((constants[str(mine.target)], others[str(mine.target)]))
         for before, now in given:
-            if not _same(before, now):
+            if not _same(_place(before, place), _place(now, place)):
                 was, then = f"{before!r:.40}", f"{now!r:.40}"
                 return mine, f"{mine.name} is given {was} in one trace, and {then} in the next"
     return None
@@ -81,9 +90,11 @@ def _leaves(node: fx.Node) -> list[Any]:
     return found
 
 
+def _place(value: Any, places: Mapping[fx.Node, int]) -> Any:
+    return f"node {places[value]}" if isinstance(value, fx.Node) else value
+
+
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-        return one.name == other.name
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.layout is not torch.strided or one.is_quantized:
             return one.layout == other.layout

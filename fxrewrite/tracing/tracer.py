@@ -63,7 +63,8 @@ class Traced:
 
     A submodule that could not is one node of the graph; where the model itself could not, there is
     no graph, but the `fragment` that was traced before the forward raised. `passages` are there if
-    they were asked for, and the `lines` of nodes where tracing was precise.
+    they were asked for, and the `lines` of nodes where tracing was precise. It `asks` if a forward
+    asked what a value is, or an argument was left out.
     """
 
     graph: fx.Graph | None
@@ -74,6 +75,7 @@ class Traced:
     fragment: fx.Graph | None = None
     passages: Passages | None = None
     lines: Mapping[str, str] = attrs.field(factory=dict)
+    asks: bool = False
 
     @property
     def seen(self) -> fx.Graph | None:
@@ -239,7 +241,7 @@ def _unlike(
     """A module whose forward another trace shows to be another each time, and how; or None."""
     if found.graph is None or _is_torchs_own(model, found.graph):
         return None
-    difference = _difference(found, again()[0])
+    difference = _difference(found, again(looks=found.asks)[0])
     if difference is None:
         return None
     node, how = difference
@@ -259,7 +261,8 @@ def _is_torchs_own(model: nn.Module, graph: fx.Graph) -> bool:
 def _difference(one: Traced, other: Traced) -> tuple[fx.Node, str] | None:
     if one.graph is None or other.graph is None:
         return None
-    return first_difference(one.graph, other.graph, one.constants, other.constants)
+    checks = {each.check for traced in (one, other) for each in traced.assumptions}
+    return first_difference(one.graph, other.graph, one.constants, other.constants, checks)
 
 
 def module_path(node: fx.Node) -> list[str]:
@@ -293,6 +296,7 @@ def _traced(
     guess: Answers | None,
     *,
     precisely: bool = False,
+    looks: bool = True,
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
@@ -308,7 +312,7 @@ def _traced(
     check_calls(own, before, of_all=precisely)
     watched(own, outside := TorchState())
     lines = note_lines(own) if precisely else {}
-    watch = Watch(own, model, left_out, as_of_tensors=isinstance(guess, list))
+    watch = Watch(own, model, left_out, as_of_tensors=isinstance(guess, list), looks=looks)
     recorder = Recorder(own) if record else None
     known, graph, fragment = set(model.__dict__), None, None
     around = ExitStack()
@@ -362,6 +366,7 @@ def _traced(
             fragment,
             passages,
             lines,
+            bool(left_out) or watch.was_asked,
         ),
         changed,
     )
