@@ -40,6 +40,11 @@ RESHAPE: tuple[Any, ...] = (
 )  # fmt: skip
 PERMUTE: tuple[Any, ...] = (torch.permute, "permute", aten.permute.default)
 
+# What gives the same values, laid out in memory anew.
+LAY_OUT: tuple[Any, ...] = (
+    "contiguous", "clone", torch.clone, aten.contiguous.default, aten.clone.default,
+)  # fmt: skip
+
 RELU: tuple[Any, ...] = (
     nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default,
     aten.relu_.default,
