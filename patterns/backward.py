@@ -74,7 +74,7 @@ def same_types(m: NormedLayer) -> str | None:
 def norm_reaches_all(m: NormedLayer) -> str | None:
     """Where the layer pads with zeros, it pads what the norm makes, and not what the norm reads."""
     found = norms.vectors(m.norm)
-    return None if isinstance(found, str) else _uneven(m.layer, found[1])
+    return None if isinstance(found, str) else uneven(m.layer, found[1])
 
 
 @fxr.rule(where=[same_types, same_channels, same_input, norm_reaches_all])
@@ -83,7 +83,7 @@ def fold_norm_before(m: NormedLayer) -> fxr.Replace:
     found = norms.vectors(m.norm)
     assert not isinstance(found, str)
     scale, shift = found
-    return fxr.Replace(reading_scaled(m.layer, scale, _or_none(shift)), slot="layer")
+    return fxr.Replace(reading_scaled(m.layer, scale, or_none(shift)), slot="layer")
 
 
 def same_value(m: ScaledLayer) -> str | None:
@@ -104,7 +104,7 @@ def same_value(m: ScaledLayer) -> str | None:
 def per_channel(m: ScaledLayer) -> str | None:
     """The constant must do the same to all of a channel that the layer reads."""
     found = _vectors(m)
-    return found if isinstance(found, str) else _uneven(m.layer, found[1])
+    return found if isinstance(found, str) else uneven(m.layer, found[1])
 
 
 @fxr.rule(where=[same_value, per_channel], quiet=True)
@@ -120,14 +120,14 @@ def _vectors(m: ScaledLayer) -> constants.Vectors | str:
     return constants.vectors(m.by, where(m.layer, in_channels(m.layer), from_end, m.x.rank))
 
 
-def _or_none(shift: torch.Tensor) -> torch.Tensor | None:
+def or_none(shift: torch.Tensor) -> torch.Tensor | None:
     """None for a shift of nothing, so that no bias is made for it."""
     return None if not shift.is_meta and not shift.any() else shift
 
 
-def _uneven(layer: Layer, shift: torch.Tensor | None) -> str | None:
+def uneven(layer: Layer, shift: torch.Tensor | None) -> str | None:
     """Why a shift of what a layer reads is not one number per channel of what it makes, or None."""
-    if shift is None or _or_none(shift) is None or isinstance(layer, nn.Linear):
+    if shift is None or or_none(shift) is None or isinstance(layer, nn.Linear):
         return None
     if isinstance(layer, _TRANSPOSED):
         # With stride 1 it is a convolution of its input padded with d * (k - 1) - p zeros.

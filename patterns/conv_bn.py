@@ -10,8 +10,9 @@ import fxrewrite as fxr
 from . import norms
 from .affine import scaled_and_shifted
 from .held_norm import fold_held_norm
-from .norms import BatchNorm
+from .norms import OtherBatchNorm
 from .own_forward import OwnForward
+from .spellings import LAY_OUT
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,7 +30,8 @@ class ConvBn:
         | nn.AlphaDropout | nn.FeatureAlphaDropout,
         ...,
     ]  # fmt: skip
-    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | BatchNorm
+    laid: tuple[fxr.Call, ...] = fxr.call(*LAY_OUT, chain="input", side_inputs=False)
+    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | OtherBatchNorm
 
 
 def same_rank(m: ConvBn) -> str | None:
@@ -85,7 +87,7 @@ def fold_conv_bn(m: ConvBn) -> fxr.Replace | fxr.Revise:
     found = norms.vectors(m.bn)
     assert not isinstance(found, str)
     folded, rest = scaled_and_shifted(m.conv, *found), norms.rest_of(m.bn)
-    if rest is None:
+    if rest is None and not m.laid:
         return fxr.Replace(folded, slot="conv")
     return fxr.Revise(conv=folded, between=None, bn=rest)
 

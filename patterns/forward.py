@@ -11,7 +11,7 @@ from . import constants, norms
 from .affine import Layer, out_channels, scaled_and_shifted, spatial_rank
 from .norms import Norm
 from .own_forward import OwnForward
-from .spellings import FLATTEN, PERMUTE, RESHAPE, Idle
+from .spellings import FLATTEN, LAY_OUT, PERMUTE, RESHAPE, Idle
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDES = "example_inputs would decide it"
@@ -29,6 +29,7 @@ class LayerNormed:
         | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear | OwnForward
     )  # fmt: skip
     idle: tuple[Idle, ...]
+    laid: tuple[fxr.Call, ...] = fxr.call(*LAY_OUT, chain="input", side_inputs=False)
     made: fxr.Value
     rows: tuple[fxr.Call, ...] = fxr.call(*FLATTEN, *RESHAPE, chain="input")
     between: fxr.Value
@@ -149,7 +150,7 @@ def fold_norm(m: LayerNormed) -> fxr.Replace | fxr.Revise:
     assert not isinstance(found, str)
     folded = scaled_and_shifted(m.layer, *found)
     rest = norms.rest_of(m.norm)
-    if rest is None and not m.rows:
+    if rest is None and not m.rows and not m.laid:
         return fxr.Replace(folded, slot="layer")
     return fxr.Revise(layer=folded, idle=None, norm=rest)
 

@@ -11,6 +11,7 @@ from .held_norm import fold_held_norm
 from .products import multiply_conv, multiply_linear
 from .reparam import reparam
 from .standardised import bake_weight
+from .through import fold_norm_moved
 
 # A norm or constant between two layers goes into the one before it: that rule comes first.
 affine = fxr.RuleSet(
@@ -21,6 +22,7 @@ affine = fxr.RuleSet(
         fold_held_norm,
         fold_constant,
         fold_norm_before,
+        fold_norm_moved,
         fold_constant_before,
         multiply_linear,
         multiply_conv,

@@ -40,6 +40,11 @@ RESHAPE: tuple[Any, ...] = (
 )  # fmt: skip
 PERMUTE: tuple[Any, ...] = (torch.permute, "permute", aten.permute.default)
 
+# What gives the same values, laid out in memory anew.
+LAY_OUT: tuple[Any, ...] = (
+    "contiguous", "clone", torch.clone, aten.contiguous.default, aten.clone.default,
+)  # fmt: skip
+
 DROPOUT: tuple[Any, ...] = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, aten.dropout.default,

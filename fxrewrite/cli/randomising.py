@@ -138,13 +138,14 @@ def _is_fresh(bn: BatchNorm) -> bool:
 
 @torch.no_grad()
 def _randomise(bn: BatchNorm, scale: float, generator: torch.Generator) -> None:
-    def normal(spread: float) -> torch.Tensor:
-        return spread * torch.randn(bn.num_features, generator=generator)
+    def normal(like: torch.Tensor, spread: float) -> torch.Tensor:
+        return spread * torch.randn(like.shape, generator=generator)
 
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    bn.running_mean.copy_(normal(0.2 * scale))
-    bn.running_var.copy_(scale**2 * (0.5 + torch.rand(bn.num_features, generator=generator)))
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None
+    assert var is not None
+    mean.copy_(normal(mean, 0.2 * scale))
+    var.copy_(scale**2 * (0.5 + torch.rand(var.shape, generator=generator)))
     for parameter, spread in ((bn.weight, 1.0), (bn.bias, 0.2)):
         if parameter is not None:
-            parameter.copy_(normal(spread))
+            parameter.copy_(normal(parameter, spread))

@@ -68,3 +68,12 @@ def test_batch_norms_that_the_run_misses_are_randomised_too() -> None:
     model = nn.ModuleDict({"unused": nn.BatchNorm2d(4)})
     assert randomise_batch_norms(model, (torch.ones(1),)) == 1
     assert model["unused"].running_mean.any()
+
+
+def test_statistics_of_another_shape_than_the_weight_are_randomised() -> None:
+    """A subclass may keep statistics for each of several parts of a batch."""
+    bn = nn.BatchNorm2d(4)
+    bn.running_mean, bn.running_var = torch.zeros(8), torch.ones(8)
+    assert randomise_batch_norms(nn.Sequential(bn).eval(), (torch.ones(2, 4, 3, 3),)) == 1
+    assert len(bn.running_mean.unique()) == len(bn.running_var.unique()) == 8
+    assert len(bn.weight.unique()) == 4
