@@ -128,7 +128,8 @@ def function_on_fakes(
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     fakes: list[Any] = [each for each in leaves if isinstance(each, torch.Tensor)]
     metas = {id(each): meta_like(each) for each in fakes}
-    if not fakes or None in metas.values() or len({each.device for each in fakes}) > 1:
+    devices = {each.device for each in fakes}
+    if len(devices) != 1 or any(each is None for each in metas.values()):
         return None
     try:
         args, kwargs = pytree.tree_unflatten([metas.get(id(e), e) for e in leaves], spec)
