@@ -50,13 +50,13 @@ def same_channels(m: NormedLayer) -> str | None:
     """What the norm takes for channels must be what the layer reads as such."""
     if norms.rest_of(m.norm) is not None:
         return f"the {type(m.norm).__name__} ends with an activation, which the layer can't do"
-    return along_channels(m.layer, m.norm, m.between.rank, in_channels(m.layer))
+    return along_channels(m.layer, m.norm, m.between, in_channels(m.layer))
 
 
 def same_input(m: NormedLayer) -> str | None:
     """The norm must make a value of the shape and type that it reads, for the layer reads that."""
     x, own = m.x, m.layer.weight.dtype
-    if (reason := norms.may_lack_batch(m.norm, x.rank)) is not None:
+    if (reason := norms.may_lack_batch(m.norm, x)) is not None:
         return reason
     if x.shape != m.between.shape:
         return f"the norm makes a value of shape {m.between.shape} of one of shape {x.shape}"
@@ -91,7 +91,7 @@ def same_value(m: ScaledLayer) -> str | None:
     if m.x.shape is None or m.x.dtype is None or m.between.shape is None:
         return (
             "whether the constant changes the shape or the type of what it meets is not known; "
-            "example_inputs would decide it"
+            f"{m.x.unknown}"
         )
     if m.x.shape != m.between.shape:
         return f"the constant changes the shape {m.x.shape} to {m.between.shape}"
@@ -117,7 +117,7 @@ def fold_constant_before(m: ScaledLayer) -> fxr.Replace:
 
 def _vectors(m: ScaledLayer) -> constants.Vectors | str:
     from_end = spatial_rank(m.layer) + 1
-    return constants.vectors(m.by, where(m.layer, in_channels(m.layer), from_end, m.x.rank))
+    return constants.vectors(m.by, where(m.layer, in_channels(m.layer), from_end, m.x))
 
 
 def or_none(shift: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,6 @@ import fxrewrite as fxr
 
 from .spellings import DROPOUT, FLATTEN, PERMUTE, RESHAPE, Idle, aten
 
-_DECIDES = "example_inputs would decide it"
 _CASTS = {
     "float": torch.float32,
     "double": torch.float64,
@@ -85,7 +84,7 @@ def has_type(m: Cast) -> str | fxr.Declined | None:
     if len(given) > 1 or not isinstance(wanted, torch.dtype):
         return fxr.Declined("it asks for more than a type", "missed")
     if m.x.dtype is None:
-        return f"whether the value is in {_name(wanted)} already is not known; {_DECIDES}"
+        return f"whether the value is in {_name(wanted)} already is not known; {m.x.unknown}"
     if m.x.dtype != wanted:
         return fxr.Declined(f"it casts {_name(m.x.dtype)} to {_name(wanted)}", "missed")
     return None
@@ -119,7 +118,7 @@ def keeps_shape(m: Reshaped) -> str | fxr.Declined | None:
     elif further := given.keys() - {"start_dim", "end_dim"}:
         return fxr.Declined(f"it is called with {', '.join(sorted(further))}", "missed")
     if rank is None:
-        return f"whether it changes the shape is not known; {_DECIDES}"
+        return f"whether it changes the shape is not known; {m.x.unknown}"
     of = m.reshape.function if isinstance(m.reshape.function, nn.Flatten) else None
     start = of.start_dim if of is not None else given.get("start_dim", 0)
     end = of.end_dim if of is not None else given.get("end_dim", -1)

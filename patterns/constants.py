@@ -26,6 +26,7 @@ class Where:
         channels: how many there are.
         from_end: the place of the channels' dimension, counted from the last one, which is 1.
         rank: the number of dimensions, or None where it is not known.
+        unknown: why it is not known, then.
         dtype: the type of what the tensor holds.
         device: where it is.
     """
@@ -33,6 +34,7 @@ class Where:
     channels: int
     from_end: int
     rank: int | None
+    unknown: str
     dtype: torch.dtype
     device: torch.device
 
@@ -104,7 +106,7 @@ def _misfit(constant: Any, where: Where) -> str | None:
     if at > 0 and where.rank is None:
         return (
             f"the constant, of shape {shape}, adds a dimension where there is no batch; "
-            "example_inputs would decide it"
+            f"{where.unknown}"
         )
     if where.rank is not None and len(shape) > where.rank:
         return f"the constant, of shape {shape}, adds a dimension to a {where.rank}-d tensor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import torch
 from torch import nn
 
@@ -14,7 +15,6 @@ from .own_forward import OwnForward
 from .spellings import FLATTEN, LAY_OUT, PERMUTE, RESHAPE, Idle
 
 _HALF = (torch.float16, torch.bfloat16)
-_DECIDES = "example_inputs would decide it"
 
 
 @fxr.pattern(anchor="norm")
@@ -52,27 +52,27 @@ class LayerScaled:
 
 def same_channels(m: LayerNormed) -> str | None:
     """What the norm takes for channels must be what the layer makes."""
-    channels, rank = out_channels(m.layer), m.between.rank
+    channels, between = out_channels(m.layer), m.between
     if m.rows and not isinstance(m.layer, nn.Linear):
         return f"between them, what the {type(m.layer).__name__} makes gets another shape"
-    made = m.made.rank
+    made = m.made
     for call in m.rows:
-        found = _rank_of_rows(call, made, channels)
-        if isinstance(found, str):
-            return found
-        made = rank = found
-    return along_channels(m.layer, m.norm, rank, channels)
+        rank = _rank_of_rows(call, made, channels)
+        if isinstance(rank, str):
+            return rank
+        made = between = attrs.evolve(made, rank=rank)
+    return along_channels(m.layer, m.norm, between, channels)
 
 
-def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
+def _rank_of_rows(call: fxr.Call, made: fxr.Value, features: int) -> int | str:
     """The rank that a value gets which has its features last and keeps them so, or why it may not.
 
     Args:
         call: a flatten or reshape.
-        rank: that of the value, None where it is not known.
+        made: the value.
         features: how many there are.
     """
-    given = call.kwargs
+    given, rank = call.kwargs, made.rank
     size = given.get("size", given.get("shape"))
     if size is not None:
         # Where the last size is that of the features, the others are all the others'.
@@ -85,7 +85,7 @@ def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
     if (start, end) == (0, -2):
         return 2
     if rank is None:
-        return f"whether what is flattened between them are features is not known; {_DECIDES}"
+        return f"whether what is flattened between them are features is not known; {made.unknown}"
     start, end = start % rank, end % rank
     if start < end == rank - 1:
         return "the features are flattened with other dimensions between them"
@@ -93,9 +93,9 @@ def _rank_of_rows(call: fxr.Call, rank: int | None, features: int) -> int | str:
     return rank - joined
 
 
-def along_channels(layer: Layer, norm: nn.Module, rank: int | None, channels: int) -> str | None:
+def along_channels(layer: Layer, norm: nn.Module, between: fxr.Value, channels: int) -> str | None:
     """Why the dimension along which a norm scales is not that of a layer's channels, or None."""
-    kinds = type(norm).__name__, type(layer).__name__
+    kinds, rank = (type(norm).__name__, type(layer).__name__), between.rank
     wanted = spatial_rank(layer)
     if not norms.reads_dims(norm, wanted):
         what = "channels" if wanted else "features"
@@ -103,7 +103,7 @@ def along_channels(layer: Layer, norm: nn.Module, rank: int | None, channels: in
     if rank is None and wanted == 0:
         return (
             f"whether a {kinds[0]} normalises the features of a {kinds[1]} depends on the rank of "
-            f"what is between, which is not known; {_DECIDES}"
+            f"what is between, which is not known; {between.unknown}"
         )
     if rank is not None and rank != wanted + 2:
         return (
@@ -181,9 +181,14 @@ def _vectors(m: LayerScaled) -> constants.Vectors | str:
                 f"the dimensions of a {rank}-d tensor are permuted, which the layer does not make"
             )
         from_end = rank - [each % rank for each in dims].index(rank - from_end)
-    return constants.vectors(m.by, where(m.layer, out_channels(m.layer), from_end, rank))
+    return constants.vectors(
+        m.by, where(m.layer, out_channels(m.layer), from_end, attrs.evolve(m.between, rank=rank))
+    )
 
 
-def where(layer: Layer, channels: int, from_end: int, rank: int | None) -> constants.Where:
+def where(layer: Layer, channels: int, from_end: int, value: fxr.Value) -> constants.Where:
     """What a constant meets beside a layer."""
-    return constants.Where(channels, from_end, rank, layer.weight.dtype, layer.weight.device)
+    weight = layer.weight
+    return constants.Where(
+        channels, from_end, value.rank, value.unknown, weight.dtype, weight.device
+    )

@@ -64,7 +64,7 @@ def few_weights(m: Linears | Convs) -> str | None:
 def few_outputs(m: Linears | Convs) -> str | None:
     """Likewise for what they compute: a large tensor costs more to have than two smaller ones."""
     if m.x.shape is None:
-        return "how many numbers the layers compute is not known; example_inputs would decide it"
+        return f"how many numbers the layers compute is not known; {m.x.unknown}"
     count = math.prod(m.x.shape[: -1 if isinstance(m, Linears) else -3])
     if isinstance(m, Linears):
         count *= sum(layer.out_features for layer in m.layers)

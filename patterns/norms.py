@@ -104,16 +104,16 @@ def reads_dims(norm: nn.Module, dims: int) -> bool:
     return allowed is None or dims in allowed
 
 
-def may_lack_batch(norm: nn.Module, rank: int | None) -> str | None:
+def may_lack_batch(norm: nn.Module, x: fxr.Value) -> str | None:
     """Why a norm may not normalise dimension 1 of what it reads, of unknown rank, or None.
 
     Some take an input without a batch for one with a batch, and normalise another dimension.
     """
-    if rank is not None or _known(norm).checks:
+    if x.rank is not None or _known(norm).checks:
         return None
     return (
         f"a {type(norm).__name__} also takes an input without a batch, and whether this one has "
-        "one is not known; example_inputs would decide it"
+        f"one is not known; {x.unknown}"
     )
 
 

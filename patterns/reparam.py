@@ -116,8 +116,8 @@ def norm_fits(m: LayerAndNorm) -> str | None:
     if rest is not None:
         return f"the norm also applies a {type(rest).__name__}"
     return (
-        norms.may_lack_batch(norm, m.x.rank)
-        or along_channels(layer, norm, m.x.rank, in_channels(layer))
+        norms.may_lack_batch(norm, m.x)
+        or along_channels(layer, norm, m.x, in_channels(layer))
         or alike(layer, norm)
         or _no_place_for_input(layer)
     )
@@ -139,10 +139,7 @@ def adds_zero(m: PlusConstant) -> str | fxr.Declined | None:
     if m.made is not None:
         return None
     if m.value.dtype is None:
-        return (
-            "whether adding 0 changes the type of the value is not known; "
-            "example_inputs would decide it"
-        )
+        return f"whether adding 0 changes the type of the value is not known; {m.value.unknown}"
     if not (m.value.dtype.is_floating_point or m.value.dtype.is_complex):
         return f"adding 0 may change the type of a value in {m.value.dtype}"
     return None

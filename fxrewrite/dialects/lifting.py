@@ -22,7 +22,7 @@ from ..module_utils.torch_private import pytree
 from ..rules.rule import Rule
 from ..rules.spec import Pattern, Step
 from .op_table import Spelling, spelling_of
-from .semantics import Transposed, output_rank
+from .semantics import UNKNOWN_RANK, Transposed, output_rank
 
 TRANSPOSES: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.permute.default: ([1, 0],),
@@ -124,7 +124,7 @@ class Lifting:
                 return f"its {field} is computed when the model runs"
         made = spelling.meaning.lift(plain, self._rank(source))
         if isinstance(made, str):
-            return made
+            return f"{made}; {view.unknown}" if made is UNKNOWN_RANK else made
         if not spelling.says_mode:
             # A graph of operators has no mode, whatever the module says that it is in.
             made.train(spelling.dialect == "functional" and view.is_training)

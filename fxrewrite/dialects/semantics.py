@@ -28,6 +28,9 @@ _RANK_OF: dict[Any, int] = {
     for kinds in (CONVS, TRANSPOSED_CONVS)
     for kind, rank in zip(kinds, _RANKS, strict=True)
 }
+UNKNOWN_RANK = (
+    "whether it is one of 1, 2 or 3 dimensions is not known, since the shape that it reads is not"
+)
 _BATCH_NORM_OF: dict[int | None, Any] = {
     2: nn.BatchNorm1d,
     **dict(zip(_RANKS, BATCH_NORMS, strict=True)),
@@ -192,10 +195,7 @@ class BatchNormMeaning(Meaning):
                 "updates its statistics; call model.eval() first"
             )
         if rank is None:
-            return (
-                "whether it is one of 1, 2 or 3 dimensions is not known, since the shape that it "
-                "reads is not; call rewrite with example_inputs"
-            )
+            return UNKNOWN_RANK
         sizes = {len(each) for each in (*stats.values(), *affine.values()) if each is not None}
         if rank not in _BATCH_NORM_OF or len(sizes) != 1:
             return f"no batch norm is of {rank} dimensions and {len(sizes)} numbers of features"
@@ -241,7 +241,7 @@ class DropoutMeaning(Meaning):
         kind: Any = self.kinds[0]
         if len(self.kinds) > 1:
             if rank not in _RANKS:
-                return "how many dimensions it reads is not known"
+                return UNKNOWN_RANK
             kind = self.kinds[_RANKS.index(rank)]
         module: nn.Module = kind(given.get("p", 0.5), given.get("inplace", False))
         return module.train(given.get(self.flag, self.by_default))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..ir.graph_view import GraphView
+from ..ir.op_traits import traits_of
 from ..module_utils.parametrization import without_parametrizations
 from ..rules.actions import Call
 from ..rules.spec import Pattern
@@ -19,23 +21,31 @@ from .match import Link, Site
 class Shown(NamedTuple):
     """What a run showed of a tensor; its shape is None where other sizes are possible."""
 
-    rank: int
-    dtype: torch.dtype
+    rank: int | None
+    dtype: torch.dtype | None
     shape: tuple[int, ...] | None = None
 
 
 def capture(site: Site, view: GraphView) -> Any:
     """The match that a rule is given: an instance of the pattern's class."""
-    return _instance(site.pattern, site.links, site.input, view, value_of)
+    value = functools.partial(value_of, unknown=view.unknown)
+    return _instance(site.pattern, site.links, site.input, view, value)
 
 
 def capture_elsewhere(site: Site, view: GraphView, shown: Shown | None) -> Any:
     """The match as it would be where the chain is called on such a tensor, or on who knows what."""
 
+    known = {} if shown is None else {site.input: shown}
+    for link in site.links:  # of which many keep what they read, or the number of its dimensions
+        before, traits = known.get(link.source), traits_of(link.node, link.module)
+        if before is not None and traits.keeps == "metadata":
+            known[link.node] = before
+        elif before is not None and (traits.keeps or traits.layer):
+            known[link.node] = Shown(before.rank, None)
+
     def value(node: fx.Node) -> Value:
-        if shown is None or node is not site.input:
-            return Value(node.name, node=node)
-        return Value(node.name, shown.shape, shown.dtype, shown.rank, node)
+        rank, dtype, shape = known.get(node, Shown(None, None))
+        return Value(node.name, shape, dtype, rank, node, "no run can show what it may be")
 
     return _instance(site.pattern, site.links, site.input, view, value)
 
@@ -93,12 +103,12 @@ def _resolved(node: fx.Node, view: GraphView, value_at: Callable[[fx.Node], Valu
     return value_at(node)
 
 
-def value_of(node: fx.Node) -> Value:
+def value_of(node: fx.Node, unknown: str = "") -> Value:
     """A node's value as a rule sees it."""
     known = node.meta.get("val")
     if not isinstance(known, torch.Tensor):
-        return Value(node.name, node=node)
+        return Value(node.name, node=node, unknown=unknown)
     # A size that only data decides is a symbol, and no guard can go by it.
     is_known = all(isinstance(size, int) for size in known.shape)
     shape = tuple(known.shape) if is_known else None
-    return Value(node.name, shape, known.dtype, len(known.shape), node)
+    return Value(node.name, shape, known.dtype, len(known.shape), node, unknown)

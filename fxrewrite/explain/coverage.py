@@ -31,6 +31,7 @@ class Coverage:
         liftings: the graphs, with their functional calls.
         stops: what could not be traced.
         rules: the rules, whose anchors are to be accounted for.
+        ran: whether a run on example inputs showed what else is called.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Coverage:
         liftings: Mapping[GraphView, Lifting],
         stops: Sequence[Stop],
         rules: Sequence[Rule[Any]],
+        ran: bool = False,
     ) -> None:
-        self._modules = modules
+        self._modules, self._ran = modules, ran
         self._rules = [rule for rule in rules if not rule.quiet]
         first: dict[int, str] = {}
         self.names = {name: first.setdefault(id(each), name) for name, each in modules.items()}
@@ -124,7 +126,7 @@ class Coverage:
             is_through = name in through and not any(self._looking_for(module))
             if not is_through or id(module) in inside:
                 called.add(id(module))
-                reasons[name] = _reason(name, module, inside, stopped)
+                reasons[name] = _reason(name, module, inside, stopped, self._ran)
         return reasons
 
 
@@ -147,7 +149,7 @@ def not_lifted(lifting: Lifting, rules: Sequence[Rule[Any]]) -> list[Finding]:
 
 
 def _reason(
-    name: str, module: nn.Module, inside: Mapping[int, str], stops: Mapping[str, Stop]
+    name: str, module: nn.Module, inside: Mapping[int, str], stops: Mapping[str, Stop], ran: bool
 ) -> str:
     if not name:
         return "it is the model itself, which is traced through; wrap it"
@@ -155,9 +157,12 @@ def _reason(
         return f"it is inside {inside[id(module)]}"
     for above in (name, *_above(name), ""):
         if above in stops:
+            run = "the run on the example_inputs did not call it either"
+            if not ran:
+                run = "a run on example_inputs would show what is called there"
             return (
                 f"no call of it could be traced: tracing stopped in {stops[above].where}, "
-                f"because {stops[above]}; a run on example_inputs would show what is called there"
+                f"because {stops[above]}; {run}"
             )
     return "no call of it is in the traced graph"
 

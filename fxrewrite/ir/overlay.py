@@ -36,6 +36,8 @@ class Overlay:
         self.is_training = root.training
         # Whether the graph is only ever called with the sizes that it was made for.
         self.sizes_are_fixed = False
+        # What would decide the shapes that are not known, or why nothing does.
+        self.unknown = "example_inputs would decide it"
         self.placed: dict[str, Any] = dict(constants)
         self._first_names: dict[str, str] = {}
         self.remarks: dict[fx.Node, str] = {}

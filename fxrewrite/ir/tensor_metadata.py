@@ -96,7 +96,7 @@ def strides_observable(value: fx.Node, view: Overlay, dim: int, keeps_sizes: boo
                 if value.meta.get("val") is None:
                     return (
                         f"whether {describe(reader, view)} only splits the last dimension is not "
-                        "known; example_inputs would decide it"
+                        f"known; {view.unknown}"
                     )
                 if node is not value or not _splits(reader, value, view, dim, keeps_sizes):
                     return (

@@ -66,6 +66,8 @@ def apply(
     modules: Mapping[str, nn.Module],
     stops: Sequence[Stop] = (),
     limit: int | None = None,
+    *,
+    ran: bool = False,
 ) -> Applied:
     """Edit the graphs of a model as the rules say.
 
@@ -75,11 +77,12 @@ def apply(
         modules: all modules of the model, by qualified name.
         stops: what of the model could not be traced.
         limit: how many sites to rewrite at most, of all graphs together.
+        ran: whether a run on example inputs showed what else the model calls.
     """
     rules = rules_of(rule_sets)
     nodes = frozenset(view.shown(node.name) for view in targets for node in view.graph.nodes)
     liftings = {view: Lifting(view, rules) for view in targets}
-    coverage = Coverage(modules, liftings, stops, rules)
+    coverage = Coverage(modules, liftings, stops, rules, ran)
     sites: list[tuple[Rule[Any], Finding]] = []
     graphs: list[Sequence[Finding]] = []
     near: dict[str, tuple[NearMiss, ...]] = {}

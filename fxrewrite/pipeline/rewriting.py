@@ -33,6 +33,7 @@ from ..tracing.tracer import attempt, checked_leaves, is_compiled
 from .applying import apply
 from .rule_lists import apart, leaf_types, rules_of, wanted_types
 
+_SEVERAL = "the run on the example_inputs shows no shape that it always has"
 Into = Literal["graph", "modules"]
 Trust = Literal["run"]
 
@@ -114,7 +115,7 @@ def rewrite(
             else:
                 job = _for_modules(traced, example_inputs, apart, options.trust, limit)
             most = None if job.into == "modules" else limit
-            done = apply(job.targets, options.rules, job.modules, job.stops, most)
+            done = apply(job.targets, options.rules, job.modules, job.stops, most, ran=job.ran)
             if not (found := job.conflicts()):
                 made = job.write_out()
                 break
@@ -159,6 +160,7 @@ class _Job:
     assumptions: tuple[Assumption, ...] = ()
     conflicts: Callable[[], set[int]] = set
     unknown_shapes: str | None = None
+    ran: bool = False
 
 
 def _trace(model: nn.Module, options: Options, example_inputs: Any) -> _Traced:
@@ -233,6 +235,7 @@ def _for_modules(
         graph, remarks = evidence.graph(unseen)
         seen = GraphView(model, graph, {}, modules)
         seen.remarks.update(remarks)
+        seen.unknown = _SEVERAL
         calls[seen] = evidence
     homes: dict[int, list[ModuleTreeTarget]] = {}
     budget = Budget(limit)
@@ -272,6 +275,7 @@ def _for_modules(
         traced.assumptions,
         lambda: {key for target in targets.values() for key in target.conflicts()},
         unknown,
+        ran=evidence is not None,
     )
 
 
@@ -287,10 +291,11 @@ def _views(
         for part in traced.parts.parts
     ]
     unknown = None
-    if example_inputs is not None and traced.is_whole:
+    if example_inputs is not None and views and not views[0].part:
         given = in_order(*arguments_of(example_inputs), _names_of_inputs(views[0]))
         unknown = _record_shapes(views[0], given)
-    return views, unknown
+        views[0].unknown = f"the example_inputs do not show it: {unknown or 'it is no tensor'}"
+    return views, unknown if traced.is_whole else None
 
 
 def _record_shapes_of_parts(views: Sequence[GraphView], evidence: Evidence) -> None:
@@ -299,6 +304,8 @@ def _record_shapes_of_parts(views: Sequence[GraphView], evidence: Evidence) -> N
         given = evidence.inputs(view.part, _names_of_inputs(view)) if view.part else None
         if given is not None:
             _record_shapes(view, given)
+        if view.part:
+            view.unknown = _SEVERAL
 
 
 def _names_of_inputs(view: GraphView) -> list[str]:

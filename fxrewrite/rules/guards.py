@@ -48,7 +48,7 @@ def _known(what: str, fields: tuple[str, ...]) -> Guard:
         for name in fields:
             value = getattr(match, name)
             if getattr(value, what) is None and value.rank is None:
-                return f"the {what} of {value.name} is not known; example_inputs would decide it"
+                return f"the {what} of {value.name} is not known; {value.unknown}"
             if getattr(value, what) is None:
                 return f"the {what} of {value.name} is not known, since it depends on data"
         return None

@@ -33,8 +33,8 @@ class Value:
     """A value of the graph: what a chain reads or makes, or another argument of a step.
 
     Shape, rank and dtype are known where the rewrite was given example inputs, or the graph has
-    recorded them; otherwise they are None. Where data decides a size, the shape is None and the
-    rank is known all the same.
+    recorded them; otherwise they are None, and `unknown` says what would decide them, or why they
+    are not known. Where data decides a size, the shape is None and the rank is known all the same.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Value:
     dtype: torch.dtype | None = None
     rank: int | None = None
     node: fx.Node | None = attrs.field(default=None, repr=False)
+    unknown: str = attrs.field(default="example_inputs would decide it", repr=False)
 
 
 Guard: TypeAlias = "Callable[[Any], str | Declined | None]"

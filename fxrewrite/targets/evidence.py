@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -35,8 +36,9 @@ Firsts: TypeAlias = "Mapping[nn.Module, Collection[nn.Module]]"
 class _Call:
     """A call of a module, and the call that gave the very tensor which it was given.
 
-    `given` is that tensor's shape and type, None if it was not called on one tensor alone. `how` is
-    the code by which the tensor got there, `readers` are the functions that read what it gave.
+    `given` is that tensor's shape and type, None if it was not called on one tensor alone, `gave`
+    that of what it gave. `how` is the code by which the tensor got there, `readers` are the
+    functions that read what it gave. `handled` is what had been raised before the call.
     """
 
     module: int
@@ -44,6 +46,8 @@ class _Call:
     given: Shown | None
     how: tuple[Passage, ...] | None
     stack: Stack
+    gave: Shown | None = None
+    handled: BaseException | None = attrs.field(factory=lambda: sys.exc_info()[1])
     readers: list[str] = attrs.field(factory=list)
 
 
@@ -77,6 +81,7 @@ class Evidence:
         self._by_node: dict[str, tuple[_Call, ...]] = {}
         self._made: dict[int, tuple[weakref.ref[torch.Tensor], _Call]] = {}
         self._open: list[_Call] = []
+        self._raised: set[int] = set()
         self._frames: dict[int, FrameType] = {}
         probe = copied(model, {})
         self._originals: dict[int, nn.Module] = {}
@@ -84,7 +89,7 @@ class Evidence:
             self._originals[id(twin)] = module
             if is_leaf(module):
                 twin.register_forward_pre_hook(self._entering(id(module)), with_kwargs=True)
-                twin.register_forward_hook(self._leaving)
+                twin.register_forward_hook(self._leaving, always_call=True)
         for name in parts:
             probe.get_submodule(name).register_forward_pre_hook(
                 self._asking(name), with_kwargs=True
@@ -101,7 +106,7 @@ class Evidence:
         self._made.clear()
         self._frames.clear()
         for call in itertools.chain.from_iterable(self._calls.values()):
-            call.stack = []
+            call.stack, call.handled = [], None
 
     def refusal(
         self, chain: Sequence[nn.Module], gone: Collection[int], firsts: Firsts
@@ -113,6 +118,11 @@ class Evidence:
             gone: the identities of modules that hand on what they are given by now.
             firsts: for modules that may be called on what several gave, those.
         """
+        for raised in (each for each in chain if id(each) in self._raised):
+            return (
+                f"in the run on the example inputs a call of {self._names[id(raised)]} raised, and "
+                "the model went on"
+            )
         for first, second in itertools.pairwise(chain):
             before, after = self._calls.get(id(first), []), self._calls.get(id(second), [])
             sources = [self._source(each, gone) for each in after]
@@ -189,6 +199,8 @@ class Evidence:
             reads_one = all(call.given is not None for call in group)
             inputs = (source,) * (1 if reads_one else 2)
             node = nodes[group] = graph.call_module(self._names[group[0].module], inputs)
+            _record(source, {call.given for call in group})
+            _record(node, {call.gave for call in group})
             self._by_node[node.name] = group
 
         for group in groups:
@@ -241,7 +253,13 @@ class Evidence:
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._open.pop()
-        if isinstance(output, torch.Tensor) and not self._open:
+        if self._open:
+            return
+        if sys.exc_info()[1] is not call.handled:  # it raised, and the model goes on without it
+            self._calls[call.module].remove(call)
+            self._raised.add(call.module)
+        elif isinstance(output, torch.Tensor):
+            call.gave = _shown(output)
             self._made[id(output)] = (weakref.ref(output), call)
 
     def _maker(self, tensor: torch.Tensor) -> _Call | None:
@@ -328,6 +346,13 @@ def _key(call: _Call, together: Collection[int]) -> tuple[int, int]:
 
 def _shown(tensor: torch.Tensor) -> Shown:
     return Shown(tensor.dim(), tensor.dtype, tuple(tensor.shape))
+
+
+def _record(node: fx.Node, shown: Collection[Shown | None]) -> None:
+    """Record of a value the shape that it had each time, if it was the same, for rules to see."""
+    (kind,) = shown if len(shown) == 1 else (None,)
+    if kind is not None and kind.shape is not None:
+        node.meta["val"] = torch.empty(kind.shape, dtype=kind.dtype, device="meta")
 
 
 def _reader(name: str) -> Callable[..., None]:

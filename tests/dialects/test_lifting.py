@@ -282,7 +282,7 @@ def norm_of(net: nn.Module, x: Any, **settings: Any) -> Any:
         (
             lambda net, x: norm_of(net, net.conv(x) + 1),
             "whether it is one of 1, 2 or 3 dimensions is not known, since the shape that it reads "
-            "is not; call rewrite with example_inputs",
+            "is not; example_inputs would decide it",
         ),
     ],
     ids=["computed weight", "training", "updated", "computed setting", "rank"],
