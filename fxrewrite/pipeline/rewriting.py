@@ -22,7 +22,7 @@ from ..targets.evidence import Evidence, in_order
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
-from ..targets.guard import guarded
+from ..targets.guarded_modules import guarded
 from ..targets.module_copy import copied
 from ..targets.module_tree import Budget, Calls, ModuleTreeTarget
 from ..tracing.assumptions import Assumption

@@ -453,7 +453,8 @@ def blocks(draw: Any, depth: int, conditions: list[str], loop: bool = False) -> 
                 lines += [f"    if {condition}:", "        break"]
         else:
             lines += ["try:", *inner, f"    if {condition}:", "        raise ValueError"]
-            lines += [f"    {target} = {call}", "except ValueError:"]
+            caught = draw(st.sampled_from(["ValueError", "Exception"]))
+            lines += [f"    {target} = {call}", f"except {caught}:"]
             lines += [f"    {draw(variables)} = {draw(variables)}"]
     return lines
 
