@@ -24,7 +24,6 @@ _QUESTIONS = frozenset({"isinstance", "is_tensor", "hasattr", "len", "type"})
 _OF_ALL_VARIABLES = frozenset({"locals", "vars", "eval", "exec"})
 
 
-@functools.lru_cache(maxsize=4096)
 def flaw(way: Passage, *, strict: bool = True, late: bool = False) -> str | None:
     """Why the value may also go elsewhere, or None; with the line.
 
@@ -35,6 +34,11 @@ def flaw(way: Passage, *, strict: bool = True, late: bool = False) -> str | None
     """
     if way.code is nn.Sequential.forward.__code__:  # the way through it is the same each time
         return None
+    return _flaw(Passage(way.code, way.begin, way.end), strict, late)
+
+
+@functools.lru_cache(maxsize=4096)
+def _flaw(way: Passage, strict: bool, late: bool) -> str | None:
     source, begin, end, scope = found(way)
     if source is None or scope is None or begin is None or (way.end is not None and end is None):
         return f"its source is not found, {way.code.co_filename}:{way.code.co_firstlineno}"

@@ -295,7 +295,7 @@ CHANGED = {
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
     "a function that calls itself": "return self.bn(self.conv(again(x, self.conv)))",
-    "an unknown function": "return self.bn(self.conv(self.absent or [padded][0](x, self.conv)))",
+    "an unknown function": "return self.bn(self.conv(dict(p=padded)['p'](x, self.conv)))",
     "the norm's mode": "self.bn.train()\nreturn self.bn(self.conv(x))",
     "a mode of all": "self.eval()\nreturn self.bn(self.conv(x))",
     "an attribute of an item": "self.layers[1].eps = 1.0\nreturn self.layers[1](self.layers[0](x))",
