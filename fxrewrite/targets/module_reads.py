@@ -89,8 +89,7 @@ class _Look:
     """A look at a function for what may tell a module from a new one.
 
     `known` are parameters whose value is known, `variables` are the function's global ones. Any
-    other variable may be the module if it is `of_any`. It is `strict` where a known parameter is
-    the module, of which nothing may be done but what is understood.
+    other variable may be the module if it is `of_any`.
     """
 
     code: CodeType
@@ -100,7 +99,6 @@ class _Look:
     module: nn.Module
     new: nn.Module
     of_any: bool = False
-    strict: bool = False
     inside: tuple[types.FunctionType, ...] = ()
 
     def tells(self, node: ast.AST) -> bool:
@@ -113,7 +111,7 @@ class _Look:
         is_other_use = not isinstance(
             _above(self.scope)[node], ast.Attribute | ast.Call | ast.keyword
         )
-        return self.strict and is_other_use and last_name(node) in self.known
+        return is_other_use and last_name(node) in self.known
 
     def _attribute(self, name: str, of: ast.expr, node: ast.expr, is_set: bool) -> bool:
         held, is_metadata = self._value(of), _is_metadata(node, self.scope)
@@ -152,7 +150,16 @@ class _Look:
             key = self._value(given[1])
             is_set = name in ("setattr", "delattr")
             return isinstance(key, str) and self._attribute(key, given[0], node, is_set)
-        return any(self._value(each) is self.module for each in given) and self._tells(node, name)
+        return any(map(self._is_or_has, given)) and self._tells(node, name)
+
+    def _is_or_has(self, node: ast.expr) -> bool:
+        """Whether an argument is the module, or a container with it where that is looked for."""
+        held = self._value(node)
+        if isinstance(held, list | tuple | nn.ModuleList | nn.Sequential):
+            return self.of_any and any(each is self.module for each in held)
+        if isinstance(held, dict | nn.ModuleDict):
+            return self.of_any and any(each is self.module for each in held.values())
+        return held is self.module
 
     def _asks_type(self, node: ast.expr, held: Any) -> bool:
         """Whether the answer to a question for a type may be one of theirs, or go anywhere.
@@ -210,10 +217,9 @@ class _Look:
             variables=function.__globals__,
             new=self.module,
             of_any=False,
-            strict=True,
             inside=(*self.inside, function),
         )
-        return any(look.tells(each) for each in _reads(scope))
+        return any(look.tells(each) for each in _reads(scope, strict=True))
 
     def _value(self, node: ast.expr) -> Any:
         """What an expression is, as far as that is known from attributes and global variables."""
@@ -249,8 +255,9 @@ def _item(held: Any, key: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _reads(scope: Scope) -> tuple[ast.AST, ...]:
-    return tuple(e for e in ast.walk(scope) if isinstance(e, ast.Attribute | ast.Call | ast.Name))
+def _reads(scope: Scope, strict: bool = False) -> tuple[ast.AST, ...]:
+    kinds = (ast.Attribute, ast.Call, *[ast.Name] * strict)
+    return tuple(each for each in ast.walk(scope) if isinstance(each, kinds))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -269,12 +269,17 @@ LOOKED_AT = {
     "a convolution's padding": "x = x * self.conv.padding[0]\nreturn self.bn(self.conv(x))",
     "whether it is there": "return self.bn(self.conv(x)) if self.bn is not None else x",
     "its class": "return self.bn(self.conv(x)) if isinstance(self.conv, nn.Conv2d) else x",
+    "the class of what is no module": (
+        "x = x[0] if isinstance(x, list | tuple) or type(x) is list else x\n"
+        "return self.bn(self.conv(x))"
+    ),
     "a weight of what is not there": (
         "y = self.bn(self.conv(x))\nreturn y + self.gone.weight if flag is None else y"
     ),
     "by a function that is given it": "return self.bn(self.conv(padded(x, self.conv)))",
     "by one further in": "return self.bn(self.conv(handed(x, conv=self.conv)))",
 }
+IN_LAYERS = "for m in self.layers:\n    x = m(x) * 2 if {} else m(x)\nreturn x"
 CHANGED = {
     "a norm's epsilon": "return self.bn(self.conv(x)) + self.bn.eps",
     "whether there is a bias": "return self.bn(self.conv(x)) + (self.conv.bias is None)",
@@ -291,6 +296,7 @@ CHANGED = {
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
     "a weight in a list": "return self.bn(self.conv(x)) + self.both[0].weight.mean()",
     "a weight of a function's first argument": "return self.bn(first([self.conv], x))",
+    "a weight in a list of a function": "return self.bn(self.conv(x)) * total([self.conv])",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
@@ -302,10 +308,24 @@ CHANGED = {
     "an attribute of who knows what": (
         "for each in self.both:\n    each.eps = 1.0\nreturn self.bn(self.conv(x))"
     ),
+    "a mode of who knows what": (
+        "for each in self.both[:flag]:\n    each.train()\nreturn self.bn(self.conv(x))"
+    ),
+    "the type of who knows what": IN_LAYERS.format("type(m) is nn.BatchNorm2d"),
+    "the class of who knows what": IN_LAYERS.format("m.__class__ is nn.Conv2d"),
+    "types of a variable": "kinds = (nn.BatchNorm2d,)\n" + IN_LAYERS.format("isinstance(m, kinds)"),
+    "types by another name": IN_LAYERS.format("isinstance(m, Norm)"),
+    "what who knows what has": IN_LAYERS.format("hasattr(m, 'eps')"),
+    "the type of a guarded convolution": (
+        "return self.bn(self.conv(x)) * (2 if type(self.conv) is nn.Conv2d else 1)"
+    ),
     "the norm's class": "return self.bn(self.conv(x)) * isinstance(self.bn, nn.BatchNorm2d)",
     "the type of what goes": "return self.bn(self.conv(x.to(self.bn.weight.dtype)))",
 }
 PADDED = """
+def total(modules):
+    return sum(each.weight.mean() for each in modules)
+Norm = nn.BatchNorm2d
 def padded(x, conv):
     return x * (1 + conv.stride[0])
 def handed(x, conv):
