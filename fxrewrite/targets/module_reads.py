@@ -40,23 +40,23 @@ def read_flaw(
     """
     passages = list(passages)
     # A function that is given the module, and calls it, is one of the passages itself.
-    handed = {node for each in passages for node in found(each)[1:3] if isinstance(node, ast.expr)}
+    functions = [function for each in passages if (function := found(each)) is not None]
+    handed = {node for each in functions for node in (each.begin, each.end)}
     places = [(each, True) for each in passages]
     for each in owners:
         kind: Any = type(each)  # mypy takes the hash of a class for that of its instances
         places += [(attrs.evolve(forward, owner=each), False) for forward in _forwards(kind)]
     for passage, of_any in places:
-        source, _, _, scope = found(passage)
-        if source is None or scope is None:
+        if (function := found(passage)) is None:
             continue
         root, owner = _first_parameter(passage.code), passage.owner
         known = {} if owner is None else {root: owner}
-        look = _Look(passage.code, scope, known, passage.variables, module, new, of_any)
-        for node in _reads(scope):
+        look = _Look(passage.code, function.scope, known, passage.variables, module, new, of_any)
+        for node in _reads(function.scope):
             if node not in handed and look.tells(node):
                 what = last_name(node.func if isinstance(node, ast.Call) else node) or "more"
                 asked = f"{what} of the {type(module).__name__} may be asked for"
-                return f"{asked}, at {source.line(node)}"
+                return f"{asked}, at {function.source.line(node)}"
     return None
 
 
@@ -71,11 +71,10 @@ def _forwards(kind: Any) -> tuple[Passage, ...]:
             continue
         root = _first_parameter(code)
         known[code] = Passage(code, root, None, variables=getattr(method, "__globals__", {}))
-        scope = found(known[code])[3]
-        attributes = [e for e in ast.walk(scope) if isinstance(e, ast.Attribute)] if scope else []
-        pending += [
-            e.attr for e in attributes if isinstance(e.value, ast.Name) and e.value.id == root
-        ]
+        function = found(known[code])
+        for each in _reads(function.scope) if function is not None else ():
+            if isinstance(each, ast.Attribute) and last_name(each.value) == root:
+                pending.append(each.attr)
     return tuple(known.values())
 
 
@@ -206,20 +205,20 @@ class _Look:
         given = dict(zip(names[: code.co_argcount], call.args, strict=False))
         given |= {each.arg: each.value for each in call.keywords if each.arg in names}
         held = [key for key, value in given.items() if self._value(value) is self.module]
-        scope = found(Passage(code, name, None))[3]
-        if scope is None or not held or any(isinstance(e, ast.Starred) for e in call.args):
+        inside = found(Passage(code, name, None))
+        if inside is None or not held or any(isinstance(e, ast.Starred) for e in call.args):
             return True
         look = attrs.evolve(
             self,
             code=code,
-            scope=scope,
+            scope=inside.scope,
             known=dict.fromkeys(held, self.module),
             variables=function.__globals__,
             new=self.module,
             of_any=False,
             inside=(*self.inside, function),
         )
-        return any(look.tells(each) for each in _reads(scope, strict=True))
+        return any(look.tells(each) for each in _reads(inside.scope, strict=True))
 
     def _value(self, node: ast.expr) -> Any:
         """What an expression is, as far as that is known from attributes and global variables."""
@@ -238,8 +237,7 @@ class _Look:
             case ast.Subscript():
                 return _item(self._value(node.value), self._value(node.slice))
             case ast.Tuple() | ast.List():
-                values = [self._value(each) for each in node.elts]
-                return _UNKNOWN if _UNKNOWN in values else tuple(values)
+                return tuple(self._value(each) for each in node.elts)
         return _UNKNOWN
 
 

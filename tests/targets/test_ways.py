@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import types
 from typing import Any
 
@@ -296,7 +297,7 @@ CHANGED = {
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
     "a weight in a list": "return self.bn(self.conv(x)) + self.both[0].weight.mean()",
     "a weight of a function's first argument": "return self.bn(first([self.conv], x))",
-    "a weight in a list of a function": "return self.bn(self.conv(x)) * total([self.conv])",
+    "a weight in a list of a function": "return self.bn(self.conv(x)) * total([self.conv, x])",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
@@ -324,7 +325,7 @@ CHANGED = {
 }
 PADDED = """
 def total(modules):
-    return sum(each.weight.mean() for each in modules)
+    return modules[0].weight.mean()
 Norm = nn.BatchNorm2d
 def padded(x, conv):
     return x * (1 + conv.stride[0])
@@ -370,6 +371,20 @@ def test_a_value_goes_through_methods_that_take_and_return_it() -> None:
     kept = HELPER + "    self.kept = y\n    return y\n"
     report = rewritten(made_of(forward(UNTRACED + body, kept)), 0, X)
     assert "helper may also read it, at <written" in report.why("bn")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    {
+        "y = self.conv(x)\ntry:\n    return self.bn(y)\nfinally:\n    self.last = y": "reads it",
+        "y = z = self.conv(x)\nflag and (z := x)\nself.last = z\nreturn self.bn(y)": "read it",
+        "try:\n    y = self.bn(self.conv(x))\nexcept* ValueError:\n    y = x\nreturn y": "follow",
+    }.items(),
+    ids=["finally", "a condition that need not be asked", "groups of errors"],
+)
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no except*")
+def test_ways_that_are_easily_overlooked(body: str, said: str) -> None:
+    assert said in rewritten(made_of(forward(UNTRACED + body)), 0, X).why("bn")
 
 
 def test_without_source_only_what_goes_one_way_is_rewritten() -> None:
