@@ -24,7 +24,8 @@ from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
 from ..targets.guarded_modules import guarded
 from ..targets.module_copy import copied
-from ..targets.module_tree import Budget, Calls, ModuleTreeTarget
+from ..targets.module_tree import Budget, ModuleTreeTarget
+from ..targets.value_paths import Calls
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
