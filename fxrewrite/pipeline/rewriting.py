@@ -230,11 +230,11 @@ def _for_modules(
         _record_shapes_of_parts(views, evidence)
     calls: dict[GraphView, Calls] = dict(zip(views, parts.parts, strict=True))
     unseen = parts.unseen()
-    if unseen and evidence is not None:
-        graph, remarks = evidence.graph(unseen)
-        seen = GraphView(model, graph, {}, modules)
-        seen.remarks.update(remarks)
-        calls[seen] = evidence
+    observed = evidence.graph(unseen) if unseen and evidence is not None else None
+    if observed is not None:
+        seen = GraphView(model, observed.graph, {}, modules)
+        seen.remarks.update(observed.remarks)
+        calls[seen] = observed
     homes: dict[int, list[ModuleTreeTarget]] = {}
     budget = Budget(limit)
     targets = {
@@ -242,7 +242,7 @@ def _for_modules(
             view,
             how,
             evidence,
-            is_certain=traced.is_certain and not view.part and how is not evidence,
+            is_certain=traced.is_certain and not view.part and how is not observed,
             trusts_run=trust == "run",
             budget=budget,
             homes=homes,
@@ -251,7 +251,7 @@ def _for_modules(
         for view, how in calls.items()
     }
     for view, target in targets.items():
-        called = unseen if calls[view] is evidence else target.called
+        called = unseen if calls[view] is observed else target.called
         for module in dict.fromkeys(called):
             homes.setdefault(id(module), []).append(target)
 
