@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from ..engine.bindings import Shown
-from ..module_utils.torch_private import HOOK_STATE, HOOKS
+from ..module_utils.torch_private import HOOKS
 from .guard import Guard, Pair, Watch
 from .module_copy import copied
 
@@ -125,8 +124,6 @@ def unguarded(model: nn.Module) -> nn.Module:
             del state[_WATCH]
         for hooks in [state.get(name) or {} for name in HOOKS]:
             owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
-            ours = [key for key, owner in owners.items() if isinstance(owner, Guard)]
-            for key, held in itertools.product(ours, map(state.get, HOOK_STATE)):
-                if isinstance(held, dict):
-                    held.pop(key, None)
+            for key in [key for key, owner in owners.items() if isinstance(owner, Guard)]:
+                del hooks[key]
     return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attrs
-from torch import nn
+import torch
+from torch import fx, nn
 from typing_extensions import override
 
 from ..engine.bindings import Shown, value_of
@@ -167,6 +168,13 @@ class ModuleTreeTarget(GraphTarget):
             if self._trusts is None or not all(self._trusts.shown(each, ()) for each in chain):
                 return reason
             self._trusted.add(path[0])
+        is_watched = not self._is_certain and (len(path) > 1 or path[0] in self._kinds)
+        made_by_torch = (fx.GraphModule, torch.jit.ScriptModule)  # each has a class of its own
+        if is_watched and any(isinstance(each, made_by_torch) for each in becomes.values()):
+            return (
+                "the model's code may call its modules otherwise, which a GraphModule or a "
+                "ScriptModule can't notice; let the rule give a module of a plain class"
+            )
         now = {self._original(each) for each in (becomes if edit.steps else changed)}
         if not all(any(e in t._changed for t in (self, *self._others(e))) for e in now):
             if self._budget.left == 0:

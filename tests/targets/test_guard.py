@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from nets import X, bn, conv, randomise
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 import fxrewrite as fxr
@@ -264,6 +264,27 @@ def test_a_change_in_place_is_seen_where_the_code_may_make_one() -> None:
             made(X - 1e9)
     with torch.inference_mode(), pytest.raises(GuardError, match="counts no writes in inference"):
         made(X.clone())
+
+
+@fxr.pattern
+class Chain:
+    """A convolution and its norm."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+@fxr.rule
+def becomes_a_graph(m: Chain) -> fxr.Replace:
+    """A rule whose new module has a class that torch writes to."""
+    return fxr.Replace(fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1).double())))
+
+
+def test_what_can_not_be_guarded_is_refused() -> None:
+    _, report = fxr.rewrite(Block().double().eval(), becomes_a_graph, X)
+    assert "which a GraphModule or a ScriptModule can't notice" in str(report.refused[0].reason)
+    model = nn.Sequential(conv(), bn()).double().eval()
+    fxr.rewrite(model, becomes_a_graph, into="modules", expect={"becomes_a_graph": 1})
 
 
 def test_what_was_traced_as_a_whole_and_asks_nothing_has_no_guard() -> None:
