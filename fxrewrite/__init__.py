@@ -23,7 +23,7 @@ from .rules.guards import known_rank, known_shape
 from .rules.registry import RuleSet, get_rule_set, register, rule_set_names
 from .rules.rule import Rule
 from .rules.values import Declined, Siblings, Value
-from .targets.guard import unguarded
+from .targets.guarded_modules import unguarded
 from .verification import verify
 
 __version__ = version("fxrewrite")

@@ -16,6 +16,7 @@ class HoldsNorm:
     """A layer that defines a forward, which may call a norm that is inside the layer."""
 
     layer: ForwardedLayer
+    made: fxr.Value
 
 
 def calls_norm(m: HoldsNorm) -> str | fxr.Declined | None:
@@ -31,7 +32,7 @@ def calls_norm(m: HoldsNorm) -> str | fxr.Declined | None:
     norm = held[found.norm]
     if norms.rest_of(norm) is not None:
         return f"its {found.norm} ends with an activation, which would have to stay"
-    return along_channels(m.layer, norm, None, out_channels(m.layer)) or alike(m.layer, norm)
+    return along_channels(m.layer, norm, m.made, out_channels(m.layer)) or alike(m.layer, norm)
 
 
 @fxr.rule(where=[calls_norm], quiet=True)

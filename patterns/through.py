@@ -61,7 +61,7 @@ def same_types(m: NormMoved) -> str | fxr.Declined | None:
         return f"the {type(m.norm).__name__} ends with an activation, which the layer can't do"
     if m.x.dtype not in (None, m.layer.weight.dtype):
         return f"the norm reads {m.x.dtype}, and the layer reads {m.layer.weight.dtype}"
-    return norms.may_lack_batch(m.norm, m.x.rank) or alike(m.layer, m.norm)
+    return norms.may_lack_batch(m.norm, m.x) or alike(m.layer, m.norm)
 
 
 def keeps_channels(m: NormMoved) -> str | None:
@@ -96,7 +96,7 @@ def _channels(m: NormMoved, count: int) -> torch.Tensor | str:
     if m.x.rank is not None:
         dims = [m.x.rank - 2]
     if len(dims) != 1 or dims[0] < 0:
-        return "the rank of what the norm reads is not known; example_inputs would decide it"
+        return f"the rank of what the norm reads is not known; {m.x.unknown}"
     # By the places of channels alone; each of these sizes, if it leads to the layer's own, tells.
     fitting = [in_channels(m.layer) // count] + [1] * (dims[0] - 1)
     sizes = [fitting, fitting[::-1], [*_SIZES[: dims[0]]], [*_SIZES[: dims[0]]][::-1]]

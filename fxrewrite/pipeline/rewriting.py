@@ -22,9 +22,10 @@ from ..targets.evidence import Evidence, in_order
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
-from ..targets.guard import guarded
+from ..targets.guarded_modules import guarded
 from ..targets.module_copy import copied
-from ..targets.module_tree import Budget, Calls, ModuleTreeTarget
+from ..targets.module_tree import Budget, ModuleTreeTarget
+from ..targets.value_paths import Calls
 from ..tracing.assumptions import Assumption
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
@@ -231,12 +232,12 @@ def _for_modules(
         _record_shapes_of_parts(views, evidence)
     calls: dict[GraphView, Calls] = dict(zip(views, parts.parts, strict=True))
     unseen = parts.unseen()
-    if unseen and evidence is not None:
-        graph, remarks = evidence.graph(unseen)
-        seen = GraphView(model, graph, {}, modules)
-        seen.remarks.update(remarks)
+    observed = evidence.graph(unseen) if unseen and evidence is not None else None
+    if observed is not None:
+        seen = GraphView(model, observed.graph, {}, modules)
+        seen.remarks.update(observed.remarks)
         seen.unknown = _SEVERAL
-        calls[seen] = evidence
+        calls[seen] = observed
     homes: dict[int, list[ModuleTreeTarget]] = {}
     budget = Budget(limit)
     targets = {
@@ -244,7 +245,7 @@ def _for_modules(
             view,
             how,
             evidence,
-            is_certain=traced.is_certain and not view.part and how is not evidence,
+            is_certain=traced.is_certain and not view.part and how is not observed,
             trusts_run=trust == "run",
             budget=budget,
             homes=homes,
@@ -253,7 +254,7 @@ def _for_modules(
         for view, how in calls.items()
     }
     for view, target in targets.items():
-        called = unseen if calls[view] is evidence else target.called
+        called = unseen if calls[view] is observed else target.called
         for module in dict.fromkeys(called):
             homes.setdefault(id(module), []).append(target)
 

@@ -7,14 +7,13 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, TypeAlias
 
 import attrs
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..engine.bindings import Shown
@@ -24,6 +23,7 @@ from ..module_utils.running import run
 from ..module_utils.torch_private import pytree
 from ..tracing.passages import Passage, Stack, passages, stack
 from .module_copy import copied
+from .observed_graph import Call, ObservedGraph
 
 # Clearing what is only suspended would end it.
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -32,27 +32,8 @@ _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENE
 Firsts: TypeAlias = "Mapping[nn.Module, Collection[nn.Module]]"
 
 
-@attrs.define(eq=False)
-class _Call:
-    """A call of a module, and the call that gave the very tensor which it was given.
-
-    `given` is that tensor's shape and type, None if it was not called on one tensor alone, `gave`
-    that of what it gave. `how` is the code by which the tensor got there, `readers` are the
-    functions that read what it gave. `handled` is what had been raised before the call.
-    """
-
-    module: int
-    source: _Call | None
-    given: Shown | None
-    how: tuple[Passage, ...] | None
-    stack: Stack
-    gave: Shown | None = None
-    handled: BaseException | None = attrs.field(factory=lambda: sys.exc_info()[1])
-    readers: list[str] = attrs.field(factory=list)
-
-
 class Evidence:
-    """What a run of a model showed: a graph of its calls, and inputs of its parts.
+    """What a run of a model showed: the calls of its modules, and inputs of its parts.
 
     A copy of the model runs, under hooks, without gradients and from a fixed seed. What it changes
     in tensors that the two share is put back.
@@ -75,12 +56,11 @@ class Evidence:
         is_leaf: Callable[[nn.Module], bool],
         parts: Iterable[str] = (),
     ) -> None:
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[int, list[Call]] = {}
         self._given: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._names: dict[int, str] = {id(each): name for name, each in model.named_modules()}
-        self._by_node: dict[str, tuple[_Call, ...]] = {}
-        self._made: dict[int, tuple[weakref.ref[torch.Tensor], _Call]] = {}
-        self._open: list[_Call] = []
+        self._made: dict[int, tuple[weakref.ref[torch.Tensor], Call]] = {}
+        self._open: list[Call] = []
         self._raised: set[int] = set()
         self._frames: dict[int, FrameType] = {}
         probe = copied(model, {})
@@ -167,64 +147,11 @@ class Evidence:
             return None
         return found[0]
 
-    def graph(self, modules: Collection[nn.Module]) -> tuple[fx.Graph, dict[fx.Node, str]]:
-        """A graph of the calls of these modules, as they were in the run, and of what they read.
+    def graph(self, modules: Collection[nn.Module]) -> ObservedGraph:
+        """The calls of these modules, as they were in the run, and of what they read."""
+        return ObservedGraph(self._calls, self._names, set(map(id, modules)))
 
-        A module is one node, or one for each module that it read, where it is clear which of them
-        each further one read.
-
-        Returns:
-            The graph, and what its inputs, readers and output are, in words.
-        """
-        wanted = set(map(id, modules))
-        calls_of = (call for key in wanted for call in self._calls.get(key, ()))
-        wanted |= {call.source.module for call in calls_of if call.source is not None}
-        groups = _groups([call for key in wanted for call in self._calls.get(key, ())])
-        group_of = {call: group for group in groups for call in group}
-        graph, remarks = fx.Graph(), dict[fx.Node, str]()
-        nodes: dict[tuple[_Call, ...], fx.Node | None] = {}
-
-        def add(group: tuple[_Call, ...]) -> None:
-            nodes[group] = None
-            sources = {group_of.get(call.source) for call in group if call.source is not None}
-            source = None
-            if len(sources) == 1 and all(call.source is not None for call in group):
-                (before,) = sources
-                if before is not None and before not in nodes:
-                    add(before)
-                source = nodes.get(before) if before is not None else None
-            if source is None:
-                source = graph.placeholder("untraced")
-                remarks[source] = "a value of code that can't be traced"
-            reads_one = all(call.given is not None for call in group)
-            inputs = (source,) * (1 if reads_one else 2)
-            node = nodes[group] = graph.call_module(self._names[group[0].module], inputs)
-            _record(source, {call.given for call in group})
-            _record(node, {call.gave for call in group})
-            self._by_node[node.name] = group
-
-        for group in groups:
-            if group not in nodes:
-                add(group)
-        others = [c for calls in self._calls.values() for c in calls if c not in group_of]
-        for group, node in nodes.items():
-            readers = [name for call in group for name in call.readers]
-            readers += ["another module"] * any(each.source in group for each in others)
-            for name in dict.fromkeys(readers):
-                remarks[graph.call_function(_reader(name), (node,))] = name
-        read = tuple(node for node in nodes.values() if node is not None and not node.users)
-        remarks[graph.output(read)] = "code that can't be traced"
-        return graph, remarks
-
-    def is_decided(self, first: str, second: str) -> bool:
-        """A run shows one way of several."""
-        return False
-
-    def passages(self, first: str, second: str) -> list[tuple[Passage, ...] | None]:
-        """How the value of a node of the graph got to another one, in each call of that."""
-        return list(dict.fromkeys(call.how for call in self._by_node[second]))
-
-    def _source(self, call: _Call, gone: Collection[int]) -> _Call | None:
+    def _source(self, call: Call, gone: Collection[int]) -> Call | None:
         source = call.source
         while source is not None and source.module in gone:
             source = source.source
@@ -246,7 +173,7 @@ class Evidence:
                 how = how and tuple(self._of_the_model(each) for each in how)
             elif tensors:
                 self._on_read("another module", tensors)
-            self._open.append(_Call(key, source, given, how, now))
+            self._open.append(Call(key, source, given, how, now))
             self._calls.setdefault(key, []).append(self._open[-1])
 
         return enter
@@ -262,7 +189,7 @@ class Evidence:
             call.gave = _shown(output)
             self._made[id(output)] = (weakref.ref(output), call)
 
-    def _maker(self, tensor: torch.Tensor) -> _Call | None:
+    def _maker(self, tensor: torch.Tensor) -> Call | None:
         ref, call = self._made.get(id(tensor), (None, None))
         return call if ref is not None and ref() is tensor else None
 
@@ -319,48 +246,8 @@ class _Readers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _groups(calls: Sequence[_Call]) -> list[tuple[_Call, ...]]:
-    """The calls of each module, apart where they read different modules, if that can be told.
-
-    They are not apart where a further module would read some of several of them.
-    """
-    together: set[int] = set()
-    while True:
-        groups: dict[tuple[int, int], list[_Call]] = {}
-        for call in calls:
-            groups.setdefault(_key(call, together), []).append(call)
-        unclear: set[int] = set()
-        for group in groups.values():
-            sources = {_key(call.source, together) for call in group if call.source is not None}
-            modules = Counter(module for module, _ in sources)
-            unclear |= {module for module, count in modules.items() if count > 1}
-        if not unclear:
-            return [tuple(group) for group in groups.values()]
-        together |= unclear
-
-
-def _key(call: _Call, together: Collection[int]) -> tuple[int, int]:
-    is_apart = call.source is not None and call.module not in together
-    return call.module, call.source.module if is_apart and call.source is not None else 0
-
-
 def _shown(tensor: torch.Tensor) -> Shown:
     return Shown(tensor.dim(), tensor.dtype, tuple(tensor.shape))
-
-
-def _record(node: fx.Node, shown: Collection[Shown | None]) -> None:
-    """Record of a value the shape that it had each time, if it was the same, for rules to see."""
-    (kind,) = shown if len(shown) == 1 else (None,)
-    if kind is not None and kind.shape is not None:
-        node.meta["val"] = torch.empty(kind.shape, dtype=kind.dtype, device="meta")
-
-
-def _reader(name: str) -> Callable[..., None]:
-    def reader(*args: Any) -> None:
-        raise AssertionError("what was observed does not run")
-
-    reader.__name__ = name
-    return reader
 
 
 def _outline(value: Any) -> Any:

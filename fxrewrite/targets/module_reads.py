@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -18,29 +19,11 @@ from .sources import Scope, asks_metadata, found, last_name
 
 # Of what these are given, they only look for what stands at which place.
 _CONTAINERS = frozenset({"enumerate", "iter", "len", "list", "next", "reversed", "tuple", "zip"})
+_OF_ATTRIBUTES = frozenset({"delattr", "getattr", "hasattr", "setattr"})
 _OF_TENSORS = frozenset(
     {"buffers", "named_buffers", "named_parameters", "parameters", "state_dict"}
 )
-
-
-@attrs.frozen
-class _Read:
-    """What a function does with a module, or with what is reached from that by a path; or another.
-
-    The module is the function's parameter `root`: `self`, or one that it is given as an argument.
-    `name` is an attribute that it reads or sets, or else a call that is given it: `of` has then the
-    names of the types that `isinstance` asks for. A read `is_metadata` where it asks for the type,
-    device or shape of a tensor alone.
-    """
-
-    path: tuple[str, ...] | None
-    name: str
-    node: ast.AST
-    is_set: bool = False
-    is_metadata: bool = False
-    is_argument: bool = False
-    of: frozenset[str] = frozenset()
-    root: str = ""
+_UNKNOWN = object()
 
 
 def read_flaw(
@@ -49,47 +32,50 @@ def read_flaw(
     """Why some code may tell a module from what it becomes, or None; with the line.
 
     Args:
-        owners: the modules that contain it, of which the forwards are looked at, by paths from
-            `self`.
-        passages: those of values through calls of functions, which are looked at for any module.
+        owners: the modules that contain it, of which the forwards are looked at, for what they do
+            with what is reached by attributes of `self`.
+        passages: those of values through calls of functions, where any variable may be the module.
         module: a module of the model.
         new: what stands in its place afterwards.
     """
     passages = list(passages)
     # A function that is given the module, and calls it, is one of the passages itself.
-    handed = {node for each in passages for node in found(each)[1:3] if isinstance(node, ast.expr)}
+    functions = [function for each in passages if (function := found(each)) is not None]
+    handed = {node for each in functions for node in (each.begin, each.end)}
     places = [(each, True) for each in passages]
-    for owner in owners:
-        kind: Any = type(owner)  # mypy takes the hash of a class for that of its instances
-        codes = _forward_codes(kind)
-        places += [(Passage(e, _first_parameter(e), None, owner), False) for e in codes]
+    for each in owners:
+        kind: Any = type(each)  # mypy takes the hash of a class for that of its instances
+        places += [(attrs.evolve(forward, owner=each), False) for forward in _forwards(kind)]
     for passage, of_any in places:
-        source, _, _, scope = found(passage)
-        root = _first_parameter(passage.code)
-        for read in _reads(scope, root) if source is not None and scope is not None else ():
-            if read.node in handed or not (of_any or read.is_set or read.path is not None):
-                continue
-            if _tells(read, passage.owner, module, new, _variables(passage)):
-                assert source is not None
-                kind = type(module).__name__
-                return f"{read.name} of the {kind} may be asked for, at {source.line(read.node)}"
+        if (function := found(passage)) is None:
+            continue
+        root, owner = _first_parameter(passage.code), passage.owner
+        known = {} if owner is None else {root: owner}
+        look = _Look(passage.code, function.scope, known, passage.variables, module, new, of_any)
+        for node in _reads(function.scope):
+            if node not in handed and look.tells(node):
+                what = last_name(node.func if isinstance(node, ast.Call) else node) or "more"
+                asked = f"{what} of the {type(module).__name__} may be asked for"
+                return f"{asked}, at {function.source.line(node)}"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_codes(kind: Any) -> tuple[CodeType, ...]:
-    """The code of a type's forward, and of the methods that it mentions."""
-    codes, pending = dict[CodeType, None](), ["forward"]
+def _forwards(kind: Any) -> tuple[Passage, ...]:
+    """A type's forward, and the methods of it that it mentions."""
+    known, pending = dict[CodeType, Passage](), ["forward"]
     while pending:
-        code = getattr(getattr(kind, pending.pop(), None), "__code__", None)
-        if code is None or code in codes or is_passed_over(code):
+        method = getattr(kind, pending.pop(), None)
+        code = getattr(method, "__code__", None)
+        if code is None or code in known or is_passed_over(code):
             continue
-        codes[code] = None
-        source, _, _, scope = found(Passage(code, _first_parameter(code), None))
-        if source is not None and scope is not None:
-            reads = _reads(scope, _first_parameter(code))
-            pending += [read.name for read in reads if read.path == ()]
-    return tuple(codes)
+        root = _first_parameter(code)
+        known[code] = Passage(code, root, None, variables=getattr(method, "__globals__", {}))
+        function = found(known[code])
+        for each in _reads(function.scope) if function is not None else ():
+            if isinstance(each, ast.Attribute) and last_name(each.value) == root:
+                pending.append(each.attr)
+    return tuple(known.values())
 
 
 def _first_parameter(code: CodeType) -> str:
@@ -97,132 +83,200 @@ def _first_parameter(code: CodeType) -> str:
     return code.co_varnames[0] if code.co_argcount else ""
 
 
-def _variables(passage: Passage) -> dict[str, Any]:
-    """The global variables of a method, as far as it is found by its owner."""
-    method = getattr(type(passage.owner), passage.code.co_name, None)
-    is_same = getattr(method, "__code__", None) is passage.code
-    return method.__globals__ if is_same and method is not None else {}
+@attrs.frozen
+class _Look:
+    """A look at a function for what may tell a module from a new one.
+
+    `known` are parameters whose value is known, `variables` are the function's global ones. Any
+    other variable may be the module if it is `of_any`.
+    """
+
+    code: CodeType
+    scope: Scope
+    known: Mapping[str, Any]
+    variables: Mapping[str, Any]
+    module: nn.Module
+    new: nn.Module
+    of_any: bool = False
+    inside: tuple[types.FunctionType, ...] = ()
+
+    def tells(self, node: ast.AST) -> bool:
+        """Whether an expression may tell the two apart."""
+        if isinstance(node, ast.Attribute):
+            is_set = not isinstance(node.ctx, ast.Load)
+            return self._attribute(node.attr, node.value, node, is_set)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        is_other_use = not isinstance(
+            _above(self.scope)[node], ast.Attribute | ast.Call | ast.keyword
+        )
+        return is_other_use and last_name(node) in self.known
+
+    def _attribute(self, name: str, of: ast.expr, node: ast.expr, is_set: bool) -> bool:
+        held, is_metadata = self._value(of), _is_metadata(node, self.scope)
+        if name in ("train", "eval"):
+            return self._may_hold(held)
+        if name in _OF_TENSORS and held is not self.module:
+            return not is_metadata and self._may_hold(held)
+        if held is not self.module and held is not _UNKNOWN:
+            return False
+        if is_set:
+            return held is self.module or name in self.module.__dict__
+        if name == "__class__":
+            return self._asks_type(node, held)
+        if held is _UNKNOWN and (not self.of_any or is_metadata or hasattr(nn.Module, name)):
+            return False
+        return self._differs(name, is_metadata)
+
+    def _differs(self, name: str, is_metadata: bool) -> bool:
+        before, after = (getattr(each, name, None) for each in (self.module, self.new))
+        if type(before) is not type(after):
+            return True
+        return not (is_metadata if isinstance(before, torch.Tensor) else bool(before == after))
+
+    def _call(self, node: ast.Call) -> bool:
+        name = last_name(node.func)
+        given = [*node.args, *(each.value for each in node.keywords)]
+        given = [each.value if isinstance(each, ast.Starred) else each for each in given]
+        if name in _CONTAINERS or not given:
+            return False
+        first = self._value(given[0])
+        if name in ("isinstance", "issubclass") and len(given) == 2:
+            return self._may_be(first) and self._is_asked_apart(given[1])
+        if name == "type" and len(given) == 1:
+            return self._asks_type(node, first)
+        if name in _OF_ATTRIBUTES and first is not self.module and len(given) > 1:
+            key = self._value(given[1])
+            is_set = name in ("setattr", "delattr")
+            return isinstance(key, str) and self._attribute(key, given[0], node, is_set)
+        return any(map(self._is_or_has, given)) and self._tells(node, name)
+
+    def _is_or_has(self, node: ast.expr) -> bool:
+        """Whether an argument is the module, or a container with it where that is looked for."""
+        held = self._value(node)
+        if isinstance(held, list | tuple | nn.ModuleList | nn.Sequential):
+            return self.of_any and any(each is self.module for each in held)
+        if isinstance(held, dict | nn.ModuleDict):
+            return self.of_any and any(each is self.module for each in held.values())
+        return held is self.module
+
+    def _asks_type(self, node: ast.expr, held: Any) -> bool:
+        """Whether the answer to a question for a type may be one of theirs, or go anywhere.
+
+        A guarded module has a type of its own, so that it is no answer that both give the same.
+        """
+        above = _above(self.scope)[node]
+        if not self._may_be(held) or not isinstance(above, ast.Compare):
+            return self._may_be(held)
+        others = [each for each in (above.left, *above.comparators) if each is not node]
+        kinds = [kind for each in others for kind in self._kinds(each)]
+        return any(each in (_UNKNOWN, type(self.module), type(self.new)) for each in kinds)
+
+    def _may_be(self, held: Any) -> bool:
+        return held is self.module or (held is _UNKNOWN and self.of_any)
+
+    def _may_hold(self, held: Any) -> bool:
+        if isinstance(held, nn.Module):
+            return any(each is self.module for each in held.modules())
+        return self._may_be(held)
+
+    def _is_asked_apart(self, node: ast.expr) -> bool:
+        """Whether one of the two alone is an instance of types that an expression names."""
+        kinds = tuple(self._kinds(node))
+        return _UNKNOWN in kinds or isinstance(self.module, kinds) != isinstance(self.new, kinds)
+
+    def _kinds(self, node: ast.expr) -> Iterator[Any]:
+        """The types that an expression names, or what is not known to be one."""
+        if isinstance(node, ast.BinOp):
+            yield from (*self._kinds(node.left), *self._kinds(node.right))
+            return
+        value = self._value(node)
+        for each in value if isinstance(value, tuple) else (value,):
+            kind = type(None) if each is None else each
+            yield kind if isinstance(kind, type) else _UNKNOWN
+
+    def _tells(self, call: ast.Call, name: str) -> bool:
+        """Whether a function that is given the module tells, by what it does with a parameter."""
+        function = self._value(call.func)
+        if not isinstance(function, types.FunctionType) or function in self.inside:
+            return True
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        given = dict(zip(names[: code.co_argcount], call.args, strict=False))
+        given |= {each.arg: each.value for each in call.keywords if each.arg in names}
+        held = [key for key, value in given.items() if self._value(value) is self.module]
+        inside = found(Passage(code, name, None))
+        if inside is None or not held or any(isinstance(e, ast.Starred) for e in call.args):
+            return True
+        look = attrs.evolve(
+            self,
+            code=code,
+            scope=inside.scope,
+            known=dict.fromkeys(held, self.module),
+            variables=function.__globals__,
+            new=self.module,
+            of_any=False,
+            inside=(*self.inside, function),
+        )
+        return any(look.tells(each) for each in _reads(inside.scope, strict=True))
+
+    def _value(self, node: ast.expr) -> Any:
+        """What an expression is, as far as that is known from attributes and global variables."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name():
+                if node.id in self.known:
+                    return self.known[node.id]
+                if node.id in _local_names(self.code):
+                    return _UNKNOWN
+                return self.variables.get(node.id, vars(builtins).get(node.id, _UNKNOWN))
+            case ast.Attribute():
+                value = self._value(node.value)
+                return value if value is _UNKNOWN else getattr(value, node.attr, None)
+            case ast.Subscript():
+                return _item(self._value(node.value), self._value(node.slice))
+            case ast.Tuple() | ast.List():
+                return tuple(self._value(each) for each in node.elts)
+        return _UNKNOWN
 
 
-def _tells(
-    read: _Read,
-    owner: Any,
-    module: nn.Module,
-    new: nn.Module,
-    variables: Mapping[str, Any],
-    inside: tuple[types.FunctionType, ...] = (),
-) -> bool:
-    may_be_any = read.path is None or owner is None
-    known = None if may_be_any else _at(owner, read.path or ())
-    if read.is_argument and read.of:
-        was, now = ({each.__name__ for each in type(m).__mro__} for m in (module, new))
-        return (known is module or may_be_any) and not read.of.isdisjoint(was - now)
-    sets_mode = read.name in ("train", "eval") or (read.name == "training" and read.is_set)
-    if sets_mode and isinstance(known, nn.Module) and not read.is_argument:
-        return any(each is module for each in known.modules())
-    if read.name in _OF_TENSORS and isinstance(known, nn.Module) and known is not module:
-        return not read.is_metadata and any(each is module for each in known.modules())
-    if known is not module:
-        if known is None and read.is_set:
-            return read.name in module.__dict__
-        tensors = (*module._parameters, *module._buffers)
-        return may_be_any and read.name in tensors and not read.is_metadata
-    if read.is_argument:
-        return _is_seen_inside(read, module, new, variables, inside)
-    if read.is_set:
-        return True
-    before, after = getattr(module, read.name, None), getattr(new, read.name, None)
-    if type(before) is not type(after):
-        return True
-    return not (read.is_metadata if isinstance(before, torch.Tensor) else bool(before == after))
-
-
-def _is_seen_inside(
-    read: _Read,
-    module: nn.Module,
-    new: nn.Module,
-    variables: Mapping[str, Any],
-    inside: tuple[types.FunctionType, ...],
-) -> bool:
-    """Whether a function that is given the module may tell, by what it does with the parameter."""
-    call, name = read.node, read.name
-    function = variables.get(name) if isinstance(call, ast.Call) else None
-    if not isinstance(function, types.FunctionType) or function in inside:
-        return True
-    assert isinstance(call, ast.Call)
-    code, positional = function.__code__, call.args
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    given = dict(zip(names[: code.co_argcount], positional, strict=False))
-    given |= {each.arg: each.value for each in call.keywords if each.arg in names}
-    parameters = [key for key, value in given.items() if _path(value, read.root) == read.path]
-    _, _, _, scope = found(Passage(code, name, None))
-    if scope is None or not parameters or any(isinstance(e, ast.Starred) for e in positional):
-        return True
-    return any(
-        each.path is not None
-        and _tells(each, module, module, new, function.__globals__, (*inside, function))
-        for parameter in parameters
-        for each in _reads(scope, parameter, is_module=True)
-    )
+def _item(held: Any, key: Any) -> Any:
+    if held is _UNKNOWN or not isinstance(key, str | int):
+        return _UNKNOWN
+    if isinstance(held, nn.Module):
+        return getattr(held, str(key), None)
+    try:
+        return held[key]
+    except (IndexError, KeyError, TypeError):
+        return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _reads(scope: Scope, root: str, is_module: bool = False) -> tuple[_Read, ...]:
-    return tuple(_all_reads(scope, root, is_module))
+def _reads(scope: Scope, strict: bool = False) -> tuple[ast.AST, ...]:
+    kinds = (ast.Attribute, ast.Call, *[ast.Name] * strict)
+    return tuple(each for each in ast.walk(scope) if isinstance(each, kinds))
 
 
-def _all_reads(scope: Scope, root: str, is_module: bool) -> Iterator[_Read]:
-    above = {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Attribute):
-            is_set = not isinstance(node.ctx, ast.Load)
-            is_metadata = _is_metadata(node, above)
-            yield _Read(_path(node.value, root), node.attr, node, is_set, is_metadata, root=root)
-        elif isinstance(node, ast.Call) and last_name(node.func) not in _CONTAINERS:
-            name = last_name(node.func)
-            given = [*node.args, *(each.value for each in node.keywords)]
-            of = frozenset[str]()
-            if name in ("isinstance", "issubclass", "type"):
-                given, asked = given[:1], given[1:]
-                of = frozenset(last_name(e) for each in asked for e in ast.walk(each)) - {""}
-            for each in given:
-                path = _path(each.value if isinstance(each, ast.Starred) else each, root)
-                if path or of or (path is not None and is_module):
-                    yield _Read(path, name, node, is_argument=True, of=of, root=root)
-        elif is_module and isinstance(node, ast.Name) and node.id == root:
-            is_told = isinstance(above[node], ast.Attribute | ast.Call | ast.keyword)
-            yield from () if is_told else [_Read((), root, node, is_set=True, root=root)]
+@functools.lru_cache(maxsize=1024)
+def _above(scope: Scope) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(scope) for child in ast.iter_child_nodes(node)}
 
 
-def _is_metadata(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _local_names(code: CodeType) -> frozenset[str]:
+    """The variables of a function, of those inside of it, and of those around it that it reads."""
+    inside = [_local_names(each) for each in code.co_consts if isinstance(each, CodeType)]
+    return frozenset(code.co_varnames + code.co_cellvars + code.co_freevars).union(*inside)
+
+
+def _is_metadata(node: ast.AST, scope: Scope) -> bool:
     """Whether of a tensor, or of the first of several, no number is asked for."""
+    above = _above(scope)
     parent: ast.AST | None = above.get(node)
-    if node.attr in _OF_TENSORS and isinstance(parent, ast.Call):
+    if getattr(node, "attr", "") in _OF_TENSORS and isinstance(parent, ast.Call):
         outer = above.get(parent)
         if not isinstance(outer, ast.Call) or last_name(outer.func) != "next":
             return False
         parent = above.get(outer)
     return isinstance(parent, ast.Attribute) and asks_metadata(parent.attr)
-
-
-def _path(node: ast.expr, root: str) -> tuple[str, ...] | None:
-    """The attributes by which something is reached from a variable, if it is."""
-    names: list[str] = []
-    while True:
-        if isinstance(node, ast.Attribute):
-            names.append(node.attr)
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            names.append(str(node.slice.value))
-        else:
-            break
-        node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == root else None
-
-
-def _at(owner: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        if isinstance(owner, list | tuple):
-            owner = owner[int(name)] if name.isdigit() and int(name) < len(owner) else None
-        else:
-            owner = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
-    return owner

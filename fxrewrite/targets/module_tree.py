@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import attrs
-from torch import nn
+import torch
+from torch import fx, nn
 from typing_extensions import override
 
 from ..engine.bindings import Shown, value_of
@@ -20,25 +18,13 @@ from ..ir.aliases import hands_on
 from ..ir.describe import describe, name_of
 from ..ir.graph_view import GraphView
 from ..module_utils.names import parent_name
-from ..tracing.passages import Passage
 from .evidence import Evidence
 from .graph_target import GraphTarget
 from .guard import Pair
-from .local_proof import flaw
 from .module_reads import read_flaw
-from .sources import line_of
+from .value_paths import Calls, ValuePaths
 
 _ELSEWHERE = "into='graph' can rewrite it"
-
-
-class Calls(Protocol):
-    """How values get from one node of a graph to another one that reads it."""
-
-    def is_decided(self, first: str, second: str) -> bool:
-        """Whether the forwards in which these two calls stand go one way alone."""
-
-    def passages(self, first: str, second: str) -> Sequence[tuple[Passage, ...] | None]:
-        """By which code, for each time that it was seen; None where that is not known."""
 
 
 @attrs.define
@@ -74,25 +60,18 @@ class ModuleTreeTarget(GraphTarget):
         It `trusts_run` where what the run showed is taken for all that there is.
         """
         super().__init__(view)
-        self._calls, self._evidence, self._is_certain = calls, evidence, is_certain
+        self._evidence, self._is_certain = evidence, is_certain
         self._trusts = evidence if trusts_run else None
         self._trusted: set[str] = set()
         self._budget = budget or Budget()
         self._homes, self._apart = homes, apart
         self._changed: set[nn.Module] = set()
-        self._reads = {n.name: [e.name for e in n.all_input_nodes] for n in view.graph.nodes}
-        self._modules = {
-            node.name: str(node.target)
-            for node in view.graph.find_nodes(op="call_module")
-            if node.target in view.modules
-        }
-        self._calls_of = called = Counter(view.modules[e] for e in self._modules.values())
+        self._paths = ValuePaths(view, calls, is_certain)
+        self._modules, count = self._paths.modules, self._paths.count
         # What reads an attribute of a module, or calls it as a part of another, needs it as it is.
-        self._used_otherwise = {id(e) for e, count in called.items() if view.users(e) != count}
+        self._used_otherwise = {id(each) for each in count if view.users(each) != count[each]}
         self._gone: set[int] = set()
-        self._gone_nodes: set[str] = set()
         self._idle = {id(each) for each in view.modules.values() if hands_on(each)}
-        self._firsts = self._firsts_of_several()
         self._kinds: dict[str, frozenset[Shown]] = {}
         self.pairs: list[Pair] = []
         self.expected: dict[str, frozenset[Shown]] = {}
@@ -174,10 +153,10 @@ class ModuleTreeTarget(GraphTarget):
         gone = [link for link in changed if link not in new]
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
         if self._evidence is not None:
-            reason = self._evidence.refusal(chain, self._gone | self._idle, self._firsts)
+            reason = self._evidence.refusal(chain, self._gone | self._idle, self._paths.firsts)
             if reason is not None:
                 return reason
-        path = self._path(site)
+        path = self._paths.of(site)
         if path is None:
             return "it is not known how its values get from one call to the next"
         stays = [link.node for link in site.links if link not in gone]
@@ -190,97 +169,44 @@ class ModuleTreeTarget(GraphTarget):
             if self._trusts is None or not all(self._trusts.shown(each, ()) for each in chain):
                 return reason
             self._trusted.add(path[0])
+        is_watched = not self._is_certain and (len(path) > 1 or path[0] in self._kinds)
+        made_by_torch = (fx.GraphModule, torch.jit.ScriptModule)  # each has a class of its own
+        if is_watched and any(isinstance(each, made_by_torch) for each in becomes.values()):
+            return (
+                "the model's code may call its modules otherwise, which a GraphModule or a "
+                "ScriptModule can't notice; let the rule give a module of a plain class"
+            )
         now = {self._original(each) for each in (becomes if edit.steps else changed)}
         if not all(any(e in t._changed for t in (self, *self._others(e))) for e in now):
             if self._budget.left == 0:
                 return "as many sites were rewritten as may be"
             self._budget.left = None if self._budget.left is None else self._budget.left - 1
         if not self._is_certain:
-            self._guard(path, counts_writes=reason is None)
+            self.pairs += self._paths.pairs(path, reason is None, self._is_called_once)
         if path[0] in self._kinds:
             self.expected[self._modules[path[0]]] = self._kinds[path[0]]
         self._changed |= now
         self._gone |= {id(self._original(link)) for link in gone}
-        self._gone_nodes |= {link.node.name for link in gone}
+        self._paths.gone |= {link.node.name for link in gone}
         return None
 
     def _unproved(
         self, path: Sequence[str], becomes: Mapping[Link, nn.Module], late: bool
     ) -> str | None:
         """What the functions where the calls stand may do with the value, or with the modules."""
-        passages: set[Passage] = set()
-        for first, second in itertools.pairwise(path):
-            found = self._calls.passages(first, second)
-            is_decided = self._is_certain or self._calls.is_decided(first, second)
-            reason = None if is_decided else _flaw(found, late, strict=False)
-            if reason is not None:
-                return f"what {self._shown(first)} gives may also go elsewhere: {reason}"
-            passages.update(itertools.chain.from_iterable(filter(None, found)))
+        if (reason := self._paths.flaw(path, late)) is not None:
+            return reason
+        passages = dict.fromkeys(self._paths.passages(path))
         for link, after in becomes.items():
             reason = read_flaw(self._owners(link), passages, self._original(link), after)
             if reason is not None:
                 return reason
         return None
 
-    def _path(self, site: Site) -> list[str] | None:
-        """The nodes of the forward that a chain's value goes through, those that went included."""
-        path = [site.links[0].node.name]
-        for link in site.links[1:]:
-            between, name = list[str](), link.node.name
-            while True:
-                before = [e for e in self._reads[name] if e == path[-1] or e in self._gone_nodes]
-                if len(before) != 1:
-                    return None
-                if before[0] == path[-1]:
-                    break
-                name = before[0]
-                between.append(name)
-            path += [*reversed(between), link.node.name]
-        return path
-
-    def _firsts_of_several(self) -> dict[nn.Module, list[nn.Module]]:
-        """For each module that is called several times, those whose values it is called on."""
-        firsts: dict[nn.Module, list[nn.Module]] = {}
-        for node, name in self._modules.items():
-            module, before = self._view.modules[name], self._reads[node]
-            while len(before) == 1 and self._is_idle(before[0]):
-                before = self._reads[before[0]]
-            if self._calls_of[module] > 1 and len(before) == 1 and before[0] in self._modules:
-                firsts.setdefault(module, []).append(self._view.modules[self._modules[before[0]]])
-        return firsts
-
-    def _is_idle(self, node: str) -> bool:
-        return node in self._modules and hands_on(self._view.modules[self._modules[node]])
-
-    def _guard(self, path: Sequence[str], *, counts_writes: bool) -> None:
-        """Watch the calls of modules that follow one on the other."""
-        ends = path[0], path[-1]
-        at = [i for i, e in enumerate(path) if e in self._modules]
-        at = [i for i in at if path[i] in ends or not self._is_idle(path[i])]
-        for i, j in itertools.pairwise(at):
-            is_direct = all(map(self._is_idle, path[i + 1 : j]))
-            steps = itertools.pairwise(path[i : j + 1]) if is_direct else ()
-            found = [each for step in steps for each in self._calls.passages(*step)]
-            known = [each for each in found if each]
-            places = ("", "")
-            if known:
-                places = line_of(known[0][0], giving=True), line_of(known[-1][-1])
-            names = self._modules[path[i]], self._modules[path[j]]
-            is_decided = self._calls.is_decided(path[i], path[j])
-            in_place = counts_writes and not is_decided and _flaw(found, False) is not None
-            is_alone = all(map(self._is_called_once, names))
-            pair = Pair(
-                *names, places, is_direct=is_direct, counts_writes=in_place, is_alone=is_alone
-            )
-            self.pairs.append(pair)
-
     def _is_called_once(self, name: str) -> bool:
         module = self._view.modules[name]
         seen = [] if self._evidence is None else self._evidence.shown(module, ())
-        return max(len(seen), self._calls_of[module]) <= 1
-
-    def _shown(self, node: str) -> str:
-        return self._modules.get(node, node)
+        return max(len(seen), self._paths.count[module]) <= 1
 
     def _may_change(self, module: nn.Module, homes: Sequence[ModuleTreeTarget]) -> bool:
         """Whether all calls of a module may be those of another one, in each graph that has some.
@@ -344,18 +270,6 @@ class ModuleTreeTarget(GraphTarget):
 
     def _called(self) -> set[str]:
         return {str(node.target) for node in self._view.graph.find_nodes(op="call_module")}
-
-
-def _flaw(
-    found: Sequence[tuple[Passage, ...] | None], late: bool, *, strict: bool = True
-) -> str | None:
-    for passages in found:
-        if passages is None:
-            return "it is not known by which code"
-        for each in passages:
-            if (reason := flaw(each, strict=strict, late=late)) is not None:
-                return reason
-    return None
 
 
 def _is_idle(link: Link) -> bool:

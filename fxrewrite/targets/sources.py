@@ -9,6 +9,8 @@ import linecache
 from types import CodeType
 from typing import TypeAlias
 
+import attrs
+
 from ..ir.op_traits import ATTRIBUTES, traits_of_method
 from ..tracing.passages import Passage
 
@@ -32,24 +34,36 @@ def last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def line_of(way: Passage, *, giving: bool = False) -> str:
-    """The line at which a function calls what gives, or takes, a value."""
-    source, begin, end, _ = found(way)
-    node = begin if giving else end
-    return source.line(node) if source is not None and isinstance(node, ast.expr) else ""
+@attrs.frozen
+class Function:
+    """The source of a function, and the expressions in it that give and take a value.
+
+    The value comes in by a parameter where `begin` is its name, and is returned where nothing takes
+    it. What is not found in the source is None.
+    """
+
+    source: Source
+    scope: Scope
+    begin: ast.expr | str | None
+    end: ast.expr | None
 
 
-def found(
-    way: Passage,
-) -> tuple[Source | None, ast.expr | str | None, ast.expr | None, Scope | None]:
-    """The source, the expressions where the value is given and taken, and what they stand in."""
+def found(way: Passage) -> Function | None:
+    """The source of a passage, if it is found."""
     source = source_of(way.code.co_filename)
     if source is None:
-        return None, None, None, None
+        return None
     begin = way.begin if isinstance(way.begin, str) else source.at(way.code, way.begin)
     end = None if way.end is None else source.at(way.code, way.end)
     scope = source.scope(way.code, begin if isinstance(begin, ast.expr) else end)
-    return source, begin, end, scope
+    return None if scope is None else Function(source, scope, begin, end)
+
+
+def line_of(way: Passage, *, giving: bool = False) -> str:
+    """The line at which a function calls what gives, or takes, a value."""
+    function = found(way)
+    node = function and (function.begin if giving else function.end)
+    return function.source.line(node) if function and isinstance(node, ast.expr) else ""
 
 
 class Source:

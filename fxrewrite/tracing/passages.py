@@ -30,13 +30,14 @@ class Passage:
 
     `begin` is the instruction that gives it, or the parameter that it comes in by; `end` is the
     instruction that takes it, or None where the function returns it. `owner` is the module whose
-    method the function is, if it is one.
+    method the function is, if it is one, and `variables` are the function's global ones.
     """
 
     code: CodeType
     begin: int | str
     end: int | None
-    owner: nn.Module | None = attrs.field(default=None, eq=False)
+    owner: nn.Module | None = None
+    variables: Mapping[str, Any] = attrs.field(factory=dict, eq=False, repr=False)
 
 
 @attrs.frozen(eq=False)
@@ -82,14 +83,14 @@ def passages(
         common += 1
     if not common:
         return None
-    found = [Passage(each.code, each.at, None, _owner(each)) for each in giving[common:]]
+    found = [_passage(each, each.at, None) for each in giving[common:]]
     here = taking[common - 1]
-    found.append(Passage(here.code, giving[common - 1].at, here.at, _owner(here)))
+    found.append(_passage(here, giving[common - 1].at, here.at))
     for each in taking[common:]:
         names = [name for name, value in _parameters(each.frame) if _holds(value, is_value)]
         if len(names) != 1:
             return None
-        found.append(Passage(each.code, names[0], each.at, _owner(each)))
+        found.append(_passage(each, names[0], each.at))
     around = (*giving[common:], *taking[common:])
     return None if any(map(_is_hooked, around)) else tuple(found)
 
@@ -132,6 +133,10 @@ def _holds(value: Any, is_value: Callable[[Any], bool]) -> bool:
     if isinstance(value, dict):
         return any(map(is_value, value.values()))
     return is_value(value)
+
+
+def _passage(place: _Place, begin: int | str, end: int | None) -> Passage:
+    return Passage(place.code, begin, end, _owner(place), place.frame.f_globals)
 
 
 def _owner(place: _Place) -> nn.Module | None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from nets import X, bn, conv, randomise
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils import parametrize
 
 import fxrewrite as fxr
 from fxrewrite.errors import GuardError
+from fxrewrite.targets.guard import Pair
+from fxrewrite.targets.guarded_modules import guarded
+
+ERRORS = {"raise": ZeroDivisionError, "interrupt": KeyboardInterrupt}
 
 
 class Block(nn.Module):
@@ -22,11 +27,14 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn, self.way = conv(), bn(), "both"
+        self.other: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.way == "raise":
+        if self.way in ERRORS:
             self.conv(x)
-            raise ZeroDivisionError
+            raise ERRORS[self.way]
+        if self.way == "other":
+            return self.other(x)
         y = self.conv(x)
         if x.sum() < -1e9 or self.way == "conv":
             return y
@@ -53,10 +61,11 @@ def made(model: nn.Module) -> Any:
     {
         "conv": "what 2.conv gave was not given to 2.bn",
         "norm": "2.bn was called on something else than 2.conv gave",
+        "other": "what 2.conv gave was not given to 2.bn",
     }.items(),
 )
 def test_it_names_both_modules_and_where_they_are_called(made: Any, way: str, said: str) -> None:
-    made[2].way = way
+    made[2].way, made[2].other = way, made[2].conv.forward
     with pytest.raises(GuardError) as error:
         made(X)
     assert str(error.value).startswith(said)
@@ -77,12 +86,105 @@ def test_a_call_outside_of_the_model_is_noticed_at_the_next_one(made: Any) -> No
     made[0](X)
 
 
-def test_a_forward_that_raises_leaves_nothing_pending(made: Any) -> None:
-    made[2].way = "raise"
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("way", ERRORS)
+def test_a_forward_that_raises_leaves_nothing_pending(made: Any, way: str) -> None:
+    """And what is called apart afterwards is noticed, after Ctrl-C as well."""
+    made[2].way = way
+    with pytest.raises(ERRORS[way]):
         made(X)
     made[2].way = "both"
     made(X)
+    made[2].way = "conv"
+    with pytest.raises(GuardError, match="was not given"):
+        made(X)
+
+
+def test_it_is_noticed_while_another_error_is_handled(made: Any) -> None:
+    made[2].way = "conv"
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        with pytest.raises(GuardError, match="was not given"):
+            made(X)
+
+
+class Catches(nn.Module):
+    """Goes another way if a part of it raises."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> Any:
+        try:
+            return self.part(x)
+        except Exception:
+            return x
+
+
+def test_an_error_that_the_model_catches_is_raised_in_the_end() -> None:
+    model = randomise(Catches(Block())).double().eval()
+    made, _ = fxr.rewrite(model, "conv_bn", X, into="modules", expect={"conv_bn": 1})
+    made(X)
+    made.part.way = "norm"
+    with pytest.raises(GuardError, match="was called on something else"):
+        made(X)
+    made.part.way = "both"
+    made(X)
+
+
+def test_hooks_that_are_added_later_work(made: Any) -> None:
+    """What a hook puts in the place of the value is not what was given."""
+    seen = []
+    hook = made[0].conv.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = made(X)
+    assert len(seen) == 1
+    hook.remove()
+    hook = made[0].bn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    with pytest.raises(GuardError, match="was called on something else"):
+        made(X)
+    hook.remove()
+    assert torch.equal(made(X), expected)
+
+
+class Listed(nn.Conv2d):
+    """A convolution that knows its subclasses, and has state that it does not pickle."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls) -> None:
+        Listed.known.append(cls.__name__)
+
+    def __getstate__(self) -> Any:
+        return {**self.__dict__, "pickled": True}
+
+
+def test_a_guarded_module_is_what_it_was() -> None:
+    """An instance of its type, which has no further subclass; and it pickles as its type says."""
+    made: Any = nn.Sequential(Listed(4, 4, 1), nn.Identity()).double()
+    expected = made(X)
+    guarded(made, [Pair("0", "1", ("", ""))], {})
+    assert isinstance(made[0], Listed)
+    assert isinstance(made[1], nn.Identity)
+    assert not Listed.known
+    other = pickle.loads(pickle.dumps(made))
+    assert other[0].pickled
+    assert torch.equal(other(X), expected)
+    with pytest.raises(GuardError):
+        other[1](X)
+    plain: Any = fxr.unguarded(other)
+    assert [*map(type, plain)] == [Listed, nn.Identity]
+
+
+def test_a_guarded_module_may_be_parametrized(made: Any) -> None:
+    expected = made(X)
+    parametrize.register_parametrization(made[0].conv, "weight", nn.Identity())
+    assert torch.equal(copy.deepcopy(made)(X), expected)
+    assert torch.equal(fxr.unguarded(made)(X), expected)
+    made[0].way = "conv"
+    fxr.unguarded(made)(X)
+    with pytest.raises(GuardError):
+        made(X)
 
 
 def test_each_thread_has_its_own(made: Any) -> None:
@@ -164,8 +266,30 @@ def test_a_change_in_place_is_seen_where_the_code_may_make_one() -> None:
         made(X.clone())
 
 
+@fxr.pattern
+class Chain:
+    """A convolution and its norm."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+@fxr.rule
+def becomes_a_graph(m: Chain) -> fxr.Replace:
+    """A rule whose new module has a class that torch writes to."""
+    return fxr.Replace(fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1).double())))
+
+
+def test_what_can_not_be_guarded_is_refused() -> None:
+    _, report = fxr.rewrite(Block().double().eval(), becomes_a_graph, X)
+    assert "which a GraphModule or a ScriptModule can't notice" in str(report.refused[0].reason)
+    model = nn.Sequential(conv(), bn()).double().eval()
+    fxr.rewrite(model, becomes_a_graph, into="modules", expect={"becomes_a_graph": 1})
+
+
 def test_what_was_traced_as_a_whole_and_asks_nothing_has_no_guard() -> None:
     model = randomise(nn.Sequential(conv(), bn(), nn.ReLU()))
     made, report = fxr.rewrite(model, "conv_bn", into="modules", expect={"conv_bn": 1})
     assert not any(each.assurance == "guarded" for each in report.applied)
+    assert type(made[0]) is nn.Conv2d
     assert not any(each._forward_hooks for each in made.modules())

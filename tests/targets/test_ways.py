@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import types
 from typing import Any
 
@@ -269,12 +270,17 @@ LOOKED_AT = {
     "a convolution's padding": "x = x * self.conv.padding[0]\nreturn self.bn(self.conv(x))",
     "whether it is there": "return self.bn(self.conv(x)) if self.bn is not None else x",
     "its class": "return self.bn(self.conv(x)) if isinstance(self.conv, nn.Conv2d) else x",
+    "the class of what is no module": (
+        "x = x[0] if isinstance(x, list | tuple) or type(x) is list else x\n"
+        "return self.bn(self.conv(x))"
+    ),
     "a weight of what is not there": (
         "y = self.bn(self.conv(x))\nreturn y + self.gone.weight if flag is None else y"
     ),
     "by a function that is given it": "return self.bn(self.conv(padded(x, self.conv)))",
     "by one further in": "return self.bn(self.conv(handed(x, conv=self.conv)))",
 }
+IN_LAYERS = "for m in self.layers:\n    x = m(x) * 2 if {} else m(x)\nreturn x"
 CHANGED = {
     "a norm's epsilon": "return self.bn(self.conv(x)) + self.bn.eps",
     "whether there is a bias": "return self.bn(self.conv(x)) + (self.conv.bias is None)",
@@ -291,21 +297,36 @@ CHANGED = {
     "a property": "return self.bn(self.conv(x)) + len(self.conv.state_dict())",
     "a weight in a list": "return self.bn(self.conv(x)) + self.both[0].weight.mean()",
     "a weight of a function's first argument": "return self.bn(first([self.conv], x))",
+    "a weight in a list of a function": "return self.bn(self.conv(x)) * total([self.conv, x])",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
     "a function that calls itself": "return self.bn(self.conv(again(x, self.conv)))",
-    "an unknown function": "return self.bn(self.conv(self.absent or [padded][0](x, self.conv)))",
+    "an unknown function": "return self.bn(self.conv(dict(p=padded)['p'](x, self.conv)))",
     "the norm's mode": "self.bn.train()\nreturn self.bn(self.conv(x))",
     "a mode of all": "self.eval()\nreturn self.bn(self.conv(x))",
     "an attribute of an item": "self.layers[1].eps = 1.0\nreturn self.layers[1](self.layers[0](x))",
     "an attribute of who knows what": (
         "for each in self.both:\n    each.eps = 1.0\nreturn self.bn(self.conv(x))"
     ),
+    "a mode of who knows what": (
+        "for each in self.both[:flag]:\n    each.train()\nreturn self.bn(self.conv(x))"
+    ),
+    "the type of who knows what": IN_LAYERS.format("type(m) is nn.BatchNorm2d"),
+    "the class of who knows what": IN_LAYERS.format("m.__class__ is nn.Conv2d"),
+    "types of a variable": "kinds = (nn.BatchNorm2d,)\n" + IN_LAYERS.format("isinstance(m, kinds)"),
+    "types by another name": IN_LAYERS.format("isinstance(m, Norm)"),
+    "what who knows what has": IN_LAYERS.format("hasattr(m, 'eps')"),
+    "the type of a guarded convolution": (
+        "return self.bn(self.conv(x)) * (2 if type(self.conv) is nn.Conv2d else 1)"
+    ),
     "the norm's class": "return self.bn(self.conv(x)) * isinstance(self.bn, nn.BatchNorm2d)",
     "the type of what goes": "return self.bn(self.conv(x.to(self.bn.weight.dtype)))",
 }
 PADDED = """
+def total(modules):
+    return modules[0].weight.mean()
+Norm = nn.BatchNorm2d
 def padded(x, conv):
     return x * (1 + conv.stride[0])
 def handed(x, conv):
@@ -350,6 +371,20 @@ def test_a_value_goes_through_methods_that_take_and_return_it() -> None:
     kept = HELPER + "    self.kept = y\n    return y\n"
     report = rewritten(made_of(forward(UNTRACED + body, kept)), 0, X)
     assert "helper may also read it, at <written" in report.why("bn")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    {
+        "y = self.conv(x)\ntry:\n    return self.bn(y)\nfinally:\n    self.last = y": "reads it",
+        "y = z = self.conv(x)\nflag and (z := x)\nself.last = z\nreturn self.bn(y)": "read it",
+        "try:\n    y = self.bn(self.conv(x))\nexcept* ValueError:\n    y = x\nreturn y": "follow",
+    }.items(),
+    ids=["finally", "a condition that need not be asked", "groups of errors"],
+)
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no except*")
+def test_ways_that_are_easily_overlooked(body: str, said: str) -> None:
+    assert said in rewritten(made_of(forward(UNTRACED + body)), 0, X).why("bn")
 
 
 def test_without_source_only_what_goes_one_way_is_rewritten() -> None:
@@ -453,7 +488,8 @@ def blocks(draw: Any, depth: int, conditions: list[str], loop: bool = False) -> 
                 lines += [f"    if {condition}:", "        break"]
         else:
             lines += ["try:", *inner, f"    if {condition}:", "        raise ValueError"]
-            lines += [f"    {target} = {call}", "except ValueError:"]
+            caught = draw(st.sampled_from(["ValueError", "Exception"]))
+            lines += [f"    {target} = {call}", f"except {caught}:"]
             lines += [f"    {draw(variables)} = {draw(variables)}"]
     return lines
 
