@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import RuleError
 from ..ir.graph_view import GraphView
-from ..module_utils.state import Snapshot, Stamp
+from ..module_utils.state import Snapshot
 from ..module_utils.tensors import is_finite, named_tensors
 from ..module_utils.torch_private import pytree
 from ..rules.actions import Action, Call, Split
@@ -57,7 +57,7 @@ def failure(rule: Rule[Any], site: Site | str, what: str) -> RuleError:
 def _watched(rule: Rule[Any], site: Site, match: Any, *, exactly: bool) -> Action | Declined:
     """Ask a rule and compare afterwards what it was given."""
     given = list(_given(match))
-    before = Snapshot(given) if exactly else Stamp(given)
+    before = Snapshot(given, contents=exactly)
     with before, before:  # Ctrl-C may come while the inner one is putting things back
         answer = _asked(rule, site, match)
         if (changed := before.difference()) is not None:

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from .torch_private import TENSOR_HOOKS, FakeTensor, version_of
 
@@ -28,70 +27,11 @@ _Path: TypeAlias = "tuple[_Path, str] | None"
 _Part = TypeVar("_Part", bound="_Container | _Tensor")
 
 
-class Stamp:
-    """What of modules and tensors can be compared within microseconds: entries, and torch's counts.
-
-    It tells of attributes, tensors, submodules and hooks that are other objects than before, and of
-    writes that torch counts, which those by way of `.data` or NumPy are not. As a context, it puts
-    entries back when an error leaves it; numbers that were overwritten are lost.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> before = Stamp([layer])
-    >>> layer.weight.requires_grad_(False).zero_().sum()
-    tensor(0.)
-    >>> before.difference()
-    'the tensor Linear.weight'
-    """
-
-    def __init__(self, things: Iterable[Any]) -> None:
-        self._parts: list[_Container | _Tensor] = []
-        self._versions: list[tuple[torch.Tensor, object, str, str]] = []
-        for each in things:
-            if isinstance(each, nn.Module):
-                for module in each.modules() if each._modules else (each,):
-                    self._add(type(module).__name__, module)
-            elif isinstance(each, torch.Tensor):
-                self._versions.append((each, version_of(each), "Tensor", ""))
-
-    def _add(self, kind: str, module: nn.Module) -> None:
-        path = (None, kind)
-        self._parts.append(part := _Module(path, module))
-        self._parts += [_Container(path, each) for each in part.filled]
-        held = (*module._parameters.items(), *module._buffers.items())
-        self._versions += [
-            (each, version_of(each), kind, key) for key, each in held if each is not None
-        ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            self.restore()
-
-    def restore(self) -> list[str]:
-        """Put everything back as it was, and name what was changed, or at least written to."""
-        found = []
-        for part, name in changes(self._parts):
-            found.append(name)
-            part.restore()
-        return found
-
-    def difference(self) -> str | None:
-        """The first thing that has changed since, in words, or None."""
-        for _part, name in changes(self._parts):
-            return name
-        for tensor, version, *names in self._versions:
-            if version_of(tensor) != version:
-                return f"the tensor {'.'.join(filter(None, names))}"
-        return None
-
-
-class Snapshot(Stamp):
+class Snapshot:
     """All that is reached from some modules and tensors: attributes, registries, contents.
 
-    As a context, it puts back numbers as well. It is entered twice where Ctrl-C may come while it
-    does so.
+    As a context, it puts everything back when an error leaves it. It is entered twice where Ctrl-C
+    may come while it does so.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = Snapshot([layer])
@@ -105,6 +45,8 @@ class Snapshot(Stamp):
     Args:
         things: modules, tensors and containers of them; by name, or else each by its type's name.
         skipped: those of a module's registries, such as `_parameters`, whose tensors stay unseen.
+        contents: whether to compare numbers and put them back. Without, which takes microseconds,
+            a tensor has changed where torch counts a write; it counts none by `.data` or NumPy.
     """
 
     def __init__(
@@ -112,8 +54,9 @@ class Snapshot(Stamp):
         things: Iterable[Any] | Mapping[str, Any],
         *,
         skipped: Collection[str] = (),
+        contents: bool = True,
     ) -> None:
-        self._skipped = skipped
+        self._skipped, self._contents = skipped, contents
         self._parts: list[_Container | _Tensor] = []
         self._seen: dict[int, Any] = {}
         pairs = ((type(each).__name__, each) for each in things)
@@ -127,7 +70,7 @@ class Snapshot(Stamp):
         if isinstance(value, nn.Module):
             self._visit_module(path, value)
         elif isinstance(value, torch.Tensor):
-            self._parts.append(tensor := _Tensor(path, value))
+            self._parts.append(tensor := _Tensor(path, value, self._contents))
             for each in (*tensor.attributes, None if tensor.is_bare else value.__dict__):
                 self._visit(path, each)
         elif isinstance(value, dict):
@@ -154,6 +97,21 @@ class Snapshot(Stamp):
                 continue
             if type(each) is not tuple or not _ATOMS.issuperset(map(type, each)):
                 self._visit((path, key), each)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.restore()
+
+    def restore(self) -> list[str]:
+        """Put everything back as it was, and name what was changed, or at least written to."""
+        found = []
+        for part, name in changes(self._parts):
+            found.append(name)
+            part.restore()
+        return found
 
     def difference(self, *, versions: bool = True) -> str | None:
         """The first thing that has changed since, in words, or None.
@@ -247,14 +205,14 @@ class _Tensor:
 
     __slots__ = ("attributes", "copy", "data", "is_bare", "path", "place", "tensor", "version")
 
-    def __init__(self, path: _Path, tensor: torch.Tensor) -> None:
+    def __init__(self, path: _Path, tensor: torch.Tensor, contents: bool) -> None:
         self.path, self.tensor = path, tensor
         self.attributes, self.is_bare = _attributes_of(tensor), not tensor.__dict__
         self.version = version_of(tensor)
-        self.place = _place(tensor) if _is_dense(tensor) else None
+        self.place = _place(tensor) if contents and _is_dense(tensor) else None
         # A detached tensor keeps the storage when the original is given another one.
-        self.data = tensor.detach()
-        self.copy = self.data.clone()
+        self.data = tensor.detach() if contents else None
+        self.copy = self.data.clone() if self.data is not None else None
 
     def change(self, versions: bool) -> str | None:
         now, place = self.tensor, self.place

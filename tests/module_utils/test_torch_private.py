@@ -25,7 +25,7 @@ from fxrewrite.ir import arguments as ir_arguments
 from fxrewrite.ir.graph_view import GraphView
 from fxrewrite.ir.shape_inference import record_shapes
 from fxrewrite.module_utils import torch_private
-from fxrewrite.module_utils.state import Stamp
+from fxrewrite.module_utils.state import Snapshot
 
 PACKAGE = Path(fxr.__file__).parent
 FILE = Path(torch_private.__file__)
@@ -145,7 +145,7 @@ def _version(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor: Any = Unversioned()
     assert torch_private.version_of(tensor) != torch_private.version_of(tensor)
     monkeypatch.setattr("fxrewrite.module_utils.state.version_of", lambda _: object())
-    assert Stamp([torch.ones(1)]).difference() == "the tensor Tensor"
+    assert Snapshot([torch.ones(1)], contents=False).difference() == "the tensor Tensor"
 
 
 def _schema(monkeypatch: pytest.MonkeyPatch) -> None:
