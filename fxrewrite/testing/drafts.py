@@ -118,7 +118,7 @@ def place(draft: Draft, step: Step, value: str, prefix: str = "") -> Placed:
     if target in targets:
         try:
             made = draft.draw(modules(target, draft.shape(value)))
-        except IndexError:  # it would take its channels from a dimension that is not there
+        except (IndexError, ValueError):  # it would take its channels from what is not there
             REFUSALS.append(f"a {target.__name__} for a value of {rank} dimensions")
             reject()
         name = draft.member(prefix + step.name, made)

@@ -10,6 +10,9 @@ import attrs
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
+
+from .own_forwards import HoldsNorm, PadsBySize, PadsOneSide
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -66,6 +69,8 @@ def kinds_of(declared: type[nn.Module]) -> list[type[nn.Module]]:
     """The types to draw a module from: the declared one, or the known members of a family."""
     if declared in _makers:
         return [declared]
+    if getattr(declared, "proof", None) is not None:  # what overrides something, and stands for it
+        return [PadsBySize, PadsOneSide]
     known = [k for k in _makers if isinstance(k, type) and issubclass(k, declared)]
     return known or [declared]
 
@@ -169,6 +174,16 @@ def trailing_norms(draw: st.DrawFn, kind: type[Any], shape: Shape) -> nn.Module:
     return kind(normalised, eps=eps, elementwise_affine=draw(st.booleans()))  # type: ignore[no-any-return]
 
 
+@st.composite
+def own_forwards(draw: st.DrawFn, kind: type[Any], shape: Shape) -> nn.Module:
+    """A convolution with a forward of its own, which may hold a batch norm."""
+    out, kernel, stride = draw(_small), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    options: dict[str, Any] = {"stride": stride, "bias": draw(st.booleans())}
+    if kind is HoldsNorm:
+        options["norm"] = draw(batch_norms(nn.BatchNorm2d, (1, out)))
+    return kind(shape[1], out, kernel, **options)  # type: ignore[no-any-return]
+
+
 def _divisors(n: int) -> list[int]:
     return [g for g in range(1, n + 1) if n % g == 0]
 
@@ -254,12 +269,49 @@ _register(
 )
 _register(nn.Upsample, scale_factor=st.just(2), ranks=(3, 4))
 _register(nn.ZeroPad2d, st.integers(0, 1), ranks=(4,))
+for _dims in (1, 2, 3):
+    for _name in ("ReflectionPad", "ReplicationPad", "CircularPad"):
+        _register(getattr(nn, f"{_name}{_dims}d"), st.integers(0, 1), ranks=(_dims + 2,))
+for _each in (PadsBySize, PadsOneSide, HoldsNorm):
+    _makers[_each] = Maker(lambda s, k=_each: own_forwards(k, s), (4,))  # type: ignore[misc]
 for _each in (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints):
     _makers[_each] = Maker(
         lambda s: st.fixed_dictionaries(
             {"start_dim": st.sampled_from([0, 0, 1]), "end_dim": st.sampled_from([1, -2, -1])}
         )
     )
+# What moves values, averages them or pads them with one another.
+_aten, _modes = torch.ops.aten, st.sampled_from(["reflect", "replicate", "circular", "constant"])
+for _each in (torch.mean, "mean", _aten.mean.dim):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries(
+            {"dim": st.sampled_from([tuple(range(2, len(s))), (-1,), (1, -1)]), "keepdim": _flags}
+        )
+    )
+for _each in (torch.permute, "permute", _aten.permute.default):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries(
+            {"dims": st.sampled_from([(0, *range(2, len(s)), 1), tuple(range(len(s)))])}
+        )
+    )
+for _each in (torch.transpose, "transpose", _aten.transpose.int):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries({"dim0": st.just(1), "dim1": st.sampled_from([-1, 1])})
+    )
+for _each in (F.pad, _aten.pad.default):
+    _makers[_each] = Maker(
+        lambda s: st.fixed_dictionaries({"pad": st.just((1, 0)), "mode": _modes})
+    )
+for _dims in (1, 2, 3):
+    _name = f"adaptive_avg_pool{_dims}d"
+    for _each in (getattr(F, _name), getattr(_aten, _name).default):
+        _makers[_each] = Maker(
+            lambda s: st.fixed_dictionaries(
+                {"output_size": st.sampled_from([[1] * (len(s) - 2), [2] * (len(s) - 2)])}
+            )
+        )
+for _each in ("contiguous", "clone", torch.clone, _aten.contiguous.default, _aten.clone.default):
+    _makers[_each] = Maker(lambda s: st.just({}))
 # Random arguments to these end the process.
 for _each in ("to", "type", torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
     _makers[_each] = Maker(

@@ -187,7 +187,11 @@ def _is_told_by(rule: Rule[Any], told: Sequence[Finding]) -> bool:
 
 
 def _is_told(report: Report, name: str) -> bool:
-    return any(any(map(each.is_about, report.names(name))) for each in report.findings)
+    """Whether a finding is about a module, or about one around it that was rewritten."""
+    names = report.names(name)
+    changed = [step for each in report.applied for _, step in each.steps]
+    is_inside = any(each.startswith(f"{step}.") for each in names for step in changed)
+    return is_inside or any(any(map(each.is_about, names)) for each in report.findings)
 
 
 def _rounding(case: Case, expected: Run) -> float:

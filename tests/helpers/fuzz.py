@@ -13,6 +13,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 
 from fxrewrite.testing import Case, graph_module, random_tensor, randomise, written
@@ -44,6 +45,60 @@ fx.wrap("handed_on")
 THIS = {"this": sys.modules[__name__], "OrderedDict": OrderedDict}
 
 
+class Widened(nn.Conv2d):
+    """Pads by the size of its input, so that what it makes is of that size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kh, kw = self.weight.shape[-2:]
+        if kh > 1 or x.shape[-1] % 2 == 0:
+            x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2))
+        return F.conv2d(x, self.weight, self.bias, groups=self.groups)
+
+
+class Reading(Widened):
+    """Reads its weight or its bias otherwise too, or does more with what it makes."""
+
+    how = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == 0:
+            return super().forward(x) * 0.5
+        if self.how == 1:
+            return super().forward(x * self.weight.mean())
+        if self.how == 2:
+            return super().forward(x if self.bias is None else -x)
+        y = super().forward(x)
+        return y if x.shape[0] > 1 else y * 2
+
+
+class Holding(Widened):
+    """Calls a norm inside it on what it makes, or on its input, or both, or reads it too."""
+
+    how = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == 1:
+            return super().forward(self.norm(x))
+        y = self.norm(super().forward(x))
+        if self.how == 2:
+            return y if self.norm.weight is None else y * self.norm.weight.mean()
+        if self.how == 3:
+            return self.norm(y)
+        return y.relu() + x
+
+
+@st.composite
+def own_forwards(draw: Any, kernel: int, groups: int, bias: bool) -> nn.Module:
+    """A convolution with a forward of its own, which folds or does not."""
+    kind = draw(st.sampled_from([Widened, Widened, Reading, Holding, Holding, Holding]))
+    made = kind(CHANNELS, CHANNELS, kernel, groups=groups, bias=bias)
+    if kind is not Widened:
+        made.how = draw(st.sampled_from([0, 0, 0, 0, 1, 2, 3]))
+    if kind is Holding:
+        made.norm = draw(batch_norms(2))
+    return made
+
+
 @st.composite
 def convolutions(draw: Any, dims: int) -> nn.Module:
     """What is folded into: a convolution or, without spatial dimensions, a linear layer."""
@@ -57,6 +112,8 @@ def convolutions(draw: Any, dims: int) -> nn.Module:
         return kind(CHANNELS, CHANNELS, kernel, padding=kernel // 2, groups=groups, bias=bias)
     padding = draw(st.sampled_from([kernel // 2, kernel // 2, kernel // 2, "same"]))
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular", "replicate"]))
+    if dims == 2 and draw(st.booleans()):
+        return draw(own_forwards(kernel, groups, bias))
     return CONVS[dims](
         CHANNELS, CHANNELS, kernel, padding=padding, padding_mode=mode, groups=groups, bias=bias
     )
@@ -100,6 +157,7 @@ def others(draw: Any, dims: int) -> nn.Module:
             lambda: getattr(nn, f"MaxPool{dims}d")(3, 1, 1),
             lambda: getattr(nn, f"AvgPool{dims}d")(1),
             lambda: nn.Linear(SIDE, SIDE),
+            lambda: getattr(nn, f"ReplicationPad{dims}d")(0),
         ]
     return draw(st.sampled_from(kinds))()
 
