@@ -13,6 +13,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 
 from fxrewrite.testing import Case, graph_module, random_tensor, randomise, written
@@ -38,12 +39,30 @@ fx.wrap("handed_on")
 THIS = {"this": sys.modules[__name__], "OrderedDict": OrderedDict}
 
 
+class OwnLayer(nn.Module):
+    """A layer of somebody's own, which is one of torch's but in name."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = like.weight, like.bias
+        self.settings = {}
+        if not isinstance(like, nn.Linear):
+            self.padding, self.groups = like.padding, like.groups
+            self.settings = {"padding": like.padding, "groups": like.groups}
+        self.function = getattr(F, f"conv{like.weight.dim() - 2}d", F.linear)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x, self.weight, self.bias, **self.settings)
+
+
 @st.composite
 def convolutions(draw: Any, dims: int) -> nn.Module:
     """What is folded into: a convolution or, without spatial dimensions, a linear layer."""
     bias = draw(st.booleans())
+    own = draw(st.sampled_from([False, False, False, True]))
     if dims == 0:
-        return nn.Linear(CHANNELS, CHANNELS, bias=bias)
+        linear = nn.Linear(CHANNELS, CHANNELS, bias=bias)
+        return OwnLayer(linear) if own else linear
     kernel = draw(st.sampled_from([3, 1]))
     groups = draw(st.sampled_from([1, 1, 2, 4]))
     if draw(st.integers(0, 5)) == 0:
@@ -51,9 +70,10 @@ def convolutions(draw: Any, dims: int) -> nn.Module:
         return kind(CHANNELS, CHANNELS, kernel, padding=kernel // 2, groups=groups, bias=bias)
     padding = draw(st.sampled_from([kernel // 2, kernel // 2, kernel // 2, "same"]))
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular", "replicate"]))
-    return CONVS[dims](
+    conv = CONVS[dims](
         CHANNELS, CHANNELS, kernel, padding=padding, padding_mode=mode, groups=groups, bias=bias
     )
+    return OwnLayer(conv) if own and mode == "zeros" else conv
 
 
 @st.composite
