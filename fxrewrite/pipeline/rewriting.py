@@ -15,10 +15,10 @@ from ..engine.target import Target
 from ..errors import InputError
 from ..explain.report import Report
 from ..ir.graph_view import GraphView
-from ..module_utils.running import arguments_of, run_original
+from ..module_utils.running import run_original
 from ..rules.registry import Rules, RuleSet, resolve
 from ..rules.rule import Rule
-from ..targets.evidence import Evidence, in_order
+from ..targets.evidence import Evidence
 from ..targets.exported_program import ExportedProgramTarget
 from ..targets.graph_module import graph_module
 from ..targets.graph_target import GraphTarget
@@ -32,9 +32,10 @@ from ..tracing.parts import Parts
 from ..tracing.stops import Stop
 from ..tracing.tracer import attempt, checked_leaves, is_compiled
 from .applying import apply
+from .layered import Layered
+from .recording import SEVERAL, record_shapes_of_inputs, record_shapes_of_parts
 from .rule_lists import apart, leaf_types, rules_of, wanted_types
 
-_SEVERAL = "the run on the example_inputs shows no shape that it always has"
 Into = Literal["graph", "modules"]
 Trust = Literal["run"]
 
@@ -103,9 +104,12 @@ def rewrite(
             "trust='run' trusts a run on example_inputs, and there are none; give them"
         )
     apart: set[int] = set()
+    layered: list[Layered | None] = []  # made where it is first asked for
     while True:
         traced = (
-            model if isinstance(model, ExportedProgram) else _trace(model, options, example_inputs)
+            model
+            if isinstance(model, ExportedProgram)
+            else _trace(model, options, example_inputs, layered)
         )
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
@@ -114,7 +118,13 @@ def rewrite(
             elif traced.into == "graph":
                 job = _for_graph(traced, example_inputs)
             else:
-                job = _for_modules(traced, example_inputs, apart, options.trust, limit)
+                try:
+                    job = _for_modules(traced, example_inputs, apart, options.trust, limit)
+                except InputError:  # it may be the layers in it that can't be called so
+                    if not traced.instead:
+                        raise
+                    layered = [None]
+                    continue
             most = None if job.into == "modules" else limit
             done = apply(job.targets, options.rules, job.modules, job.stops, most, ran=job.ran)
             if not (found := job.conflicts()):
@@ -134,7 +144,11 @@ def rewrite(
 
 @attrs.frozen
 class _Traced:
-    """A model's parts as graphs, and where their rewrite goes."""
+    """A model's parts as graphs, and where their rewrite goes.
+
+    In its module tree, layers of torch may stand for modules that compute the same; `instead` has
+    these by the identity of the layers.
+    """
 
     model: nn.Module
     parts: Parts
@@ -142,11 +156,19 @@ class _Traced:
     is_whole: bool
     is_certain: bool
     assumptions: tuple[Assumption, ...]
+    instead: Mapping[int, nn.Module] = attrs.field(factory=dict)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """All modules of the model, by each of their qualified names."""
         return dict(self.model.named_modules(remove_duplicate=False))
+
+    def views(self, modules: dict[str, nn.Module]) -> list[GraphView]:
+        """The graphs of all parts as the engine edits them."""
+        return [
+            GraphView(self.model, part.graph, part.constants, modules, part.name)
+            for part in self.parts.parts
+        ]
 
 
 @attrs.frozen
@@ -164,8 +186,12 @@ class _Job:
     ran: bool = False
 
 
-def _trace(model: nn.Module, options: Options, example_inputs: Any) -> _Traced:
+def _trace(
+    model: nn.Module, options: Options, example_inputs: Any, layered: list[Layered | None]
+) -> _Traced:
     """Trace a model, and decide where its rewrite goes.
+
+    A module tree is that of its `layered` copy, where that can be traced as well.
 
     Raises:
         TraceError: not all of it can be traced, and the result is to be a graph.
@@ -190,7 +216,17 @@ def _trace(model: nn.Module, options: Options, example_inputs: Any) -> _Traced:
     guesses = is_tree and example_inputs is None
     parts = Parts(model, whole, wanted, leaves, options.tracer, in_leaves=is_tree, guesses=guesses)
     is_certain = whole.is_whole and not whole.assumptions
-    return _Traced(model, parts, into, whole.is_whole, is_certain, assumptions)
+    traced = _Traced(model, parts, into, whole.is_whole, is_certain, assumptions)
+    if not is_tree:
+        return traced
+    if not layered:
+        layered.append(Layered(model, rules))
+    if layered[0] is not None and layered[0].instead:
+        within = attrs.evolve(options, into="modules")
+        other = _trace(layered[0].copy, within, example_inputs, [None])
+        if len(other.parts.stops) <= len(parts.stops):
+            return attrs.evolve(other, assumptions=assumptions, instead=layered[0].instead)
+    return traced
 
 
 def _for_program(program: ExportedProgram, options: Options) -> _Job:
@@ -203,7 +239,8 @@ def _for_program(program: ExportedProgram, options: Options) -> _Job:
 
 def _for_graph(traced: _Traced, example_inputs: Any) -> _Job:
     modules = traced.modules
-    (view,), unknown = _views(traced, modules, example_inputs)
+    (view,) = traced.views(modules)
+    unknown = record_shapes_of_inputs([view], example_inputs)
     if unknown is not None:  # it may be the model itself that takes no such inputs
         run_original(traced.model, example_inputs)
     targets = {view: GraphTarget(view)}
@@ -225,18 +262,20 @@ def _for_modules(
     limit: int | None,
 ) -> _Job:
     model, parts, modules = traced.model, traced.parts, traced.modules
-    views, unknown = _views(traced, modules, example_inputs)
+    views = traced.views(modules)
+    unknown = record_shapes_of_inputs(views, example_inputs)
+    unknown = unknown if traced.is_whole else None
     evidence = None
     if example_inputs is not None:
         evidence = Evidence(model, example_inputs, parts.keeps_whole, parts.inner)
-        _record_shapes_of_parts(views, evidence)
+        record_shapes_of_parts(views, evidence)
     calls: dict[GraphView, Calls] = dict(zip(views, parts.parts, strict=True))
     unseen = parts.unseen()
     observed = evidence.graph(unseen) if unseen and evidence is not None else None
     if observed is not None:
         seen = GraphView(model, observed.graph, {}, modules)
         seen.remarks.update(observed.remarks)
-        seen.unknown = _SEVERAL
+        seen.unknown = SEVERAL
         calls[seen] = observed
     homes: dict[int, list[ModuleTreeTarget]] = {}
     budget = Budget(limit)
@@ -259,7 +298,8 @@ def _for_modules(
             homes.setdefault(id(module), []).append(target)
 
     def write_out() -> nn.Module:
-        replaced = {k: new for tree in targets.values() for k, new in tree.replaced().items()}
+        replaced = dict(traced.instead)
+        replaced |= {k: new for tree in targets.values() for k, new in tree.replaced().items()}
         made = copied(model, replaced)
         pairs = [pair for tree in targets.values() for pair in tree.pairs]
         expected = {k: kinds for tree in targets.values() for k, kinds in tree.expected.items()}
@@ -278,42 +318,3 @@ def _for_modules(
         unknown,
         ran=evidence is not None,
     )
-
-
-def _views(
-    traced: _Traced, modules: dict[str, nn.Module], example_inputs: Any
-) -> tuple[list[GraphView], str | None]:
-    """The graphs of all parts as the engine edits them, with shapes where inputs show them.
-
-    And why some shapes are not known.
-    """
-    views = [
-        GraphView(traced.model, part.graph, part.constants, modules, part.name)
-        for part in traced.parts.parts
-    ]
-    unknown = None
-    if example_inputs is not None and views and not views[0].part:
-        given = in_order(*arguments_of(example_inputs), _names_of_inputs(views[0]))
-        unknown = _record_shapes(views[0], given)
-        views[0].unknown = f"the example_inputs do not show it: {unknown or 'it is no tensor'}"
-    return views, unknown if traced.is_whole else None
-
-
-def _record_shapes_of_parts(views: Sequence[GraphView], evidence: Evidence) -> None:
-    """Record the shapes of values in parts, as far as a run showed what the parts are given."""
-    for view in views:
-        given = evidence.inputs(view.part, _names_of_inputs(view)) if view.part else None
-        if given is not None:
-            _record_shapes(view, given)
-        if view.part:
-            view.unknown = _SEVERAL
-
-
-def _names_of_inputs(view: GraphView) -> list[str]:
-    return [str(node.target) for node in view.graph.find_nodes(op="placeholder")]
-
-
-def _record_shapes(view: GraphView, inputs: tuple[Any, ...]) -> str | None:
-    from ..ir.shape_inference import record_shapes  # with sympy, which takes long to import
-
-    return record_shapes(graph_module(view), inputs)

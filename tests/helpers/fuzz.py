@@ -99,12 +99,30 @@ def own_forwards(draw: Any, kernel: int, groups: int, bias: bool) -> nn.Module:
     return made
 
 
+class OwnLayer(nn.Module):
+    """A layer of somebody's own, which is one of torch's but in name."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = like.weight, like.bias
+        self.settings = {}
+        if not isinstance(like, nn.Linear):
+            self.padding, self.groups = like.padding, like.groups
+            self.settings = {"padding": like.padding, "groups": like.groups}
+        self.function = getattr(F, f"conv{like.weight.dim() - 2}d", F.linear)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x, self.weight, self.bias, **self.settings)
+
+
 @st.composite
 def convolutions(draw: Any, dims: int) -> nn.Module:
     """What is folded into: a convolution or, without spatial dimensions, a linear layer."""
     bias = draw(st.booleans())
+    own = draw(st.sampled_from([False, False, False, True]))
     if dims == 0:
-        return nn.Linear(CHANNELS, CHANNELS, bias=bias)
+        linear = nn.Linear(CHANNELS, CHANNELS, bias=bias)
+        return OwnLayer(linear) if own else linear
     kernel = draw(st.sampled_from([3, 1]))
     groups = draw(st.sampled_from([1, 1, 2, 4]))
     if draw(st.integers(0, 5)) == 0:
@@ -114,9 +132,10 @@ def convolutions(draw: Any, dims: int) -> nn.Module:
     mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular", "replicate"]))
     if dims == 2 and draw(st.booleans()):
         return draw(own_forwards(kernel, groups, bias))
-    return CONVS[dims](
+    conv = CONVS[dims](
         CHANNELS, CHANNELS, kernel, padding=padding, padding_mode=mode, groups=groups, bias=bias
     )
+    return OwnLayer(conv) if own and mode == "zeros" else conv
 
 
 @st.composite
