@@ -106,7 +106,7 @@ class Guard(threading.local):
     def fail(self, error: GuardError) -> NoReturn:
         """Raise, and forget what was given."""
         self.given.clear()
-        self._raised = error
+        self._raised = error if self.depth else None
         raise error
 
 

@@ -77,7 +77,7 @@ def guarded(
         expected: by name, what a module may be called on.
     """
     guard = Guard()
-    if pairs:
+    if pairs or expected:
         model.register_forward_pre_hook(guard.enter, prepend=True)
         model.register_forward_hook(guard.leave, always_call=True)
     names: dict[nn.Module, str] = {}  # one of those that a module has

@@ -129,10 +129,12 @@ class _Look:
         return self._differs(name, is_metadata)
 
     def _differs(self, name: str, is_metadata: bool) -> bool:
-        before, after = (getattr(each, name, None) for each in (self.module, self.new))
-        if type(before) is not type(after):
+        before, after = (_attribute(each, name) for each in (self.module, self.new))
+        if type(before) is not type(after) or before is _UNKNOWN:
             return True
-        return not (is_metadata if isinstance(before, torch.Tensor) else bool(before == after))
+        if isinstance(before, torch.Tensor):
+            return not is_metadata
+        return before is not after and not bool(before == after)
 
     def _call(self, node: ast.Call) -> bool:
         name = last_name(node.func)
@@ -149,7 +151,7 @@ class _Look:
             key = self._value(given[1])
             is_set = name in ("setattr", "delattr")
             return isinstance(key, str) and self._attribute(key, given[0], node, is_set)
-        return any(map(self._is_or_has, given)) and self._tells(node, name)
+        return any(map(self._is_or_has, given)) and self._tells(node)
 
     def _is_or_has(self, node: ast.expr) -> bool:
         """Whether an argument is the module, or a container with it where that is looked for."""
@@ -195,7 +197,7 @@ class _Look:
             kind = type(None) if each is None else each
             yield kind if isinstance(kind, type) else _UNKNOWN
 
-    def _tells(self, call: ast.Call, name: str) -> bool:
+    def _tells(self, call: ast.Call) -> bool:
         """Whether a function that is given the module tells, by what it does with a parameter."""
         function = self._value(call.func)
         if not isinstance(function, types.FunctionType) or function in self.inside:
@@ -205,7 +207,7 @@ class _Look:
         given = dict(zip(names[: code.co_argcount], call.args, strict=False))
         given |= {each.arg: each.value for each in call.keywords if each.arg in names}
         held = [key for key, value in given.items() if self._value(value) is self.module]
-        inside = found(Passage(code, name, None))
+        inside = found(Passage(code, code.co_name, None))
         if inside is None or not held or any(isinstance(e, ast.Starred) for e in call.args):
             return True
         look = attrs.evolve(
@@ -214,7 +216,6 @@ class _Look:
             scope=inside.scope,
             known=dict.fromkeys(held, self.module),
             variables=function.__globals__,
-            new=self.module,
             of_any=False,
             inside=(*self.inside, function),
         )
@@ -232,8 +233,7 @@ class _Look:
                     return _UNKNOWN
                 return self.variables.get(node.id, vars(builtins).get(node.id, _UNKNOWN))
             case ast.Attribute():
-                value = self._value(node.value)
-                return value if value is _UNKNOWN else getattr(value, node.attr, None)
+                return _attribute(self._value(node.value), node.attr)
             case ast.Subscript():
                 return _item(self._value(node.value), self._value(node.slice))
             case ast.Tuple() | ast.List():
@@ -241,11 +241,22 @@ class _Look:
         return _UNKNOWN
 
 
+def _attribute(held: Any, name: str) -> Any:
+    if held is _UNKNOWN:
+        return _UNKNOWN
+    if isinstance(held, types.ModuleType):  # which might import what is asked for
+        return vars(held).get(name, _UNKNOWN)
+    try:
+        return getattr(held, name, None)
+    except Exception:  # of a property
+        return _UNKNOWN
+
+
 def _item(held: Any, key: Any) -> Any:
     if held is _UNKNOWN or not isinstance(key, str | int):
         return _UNKNOWN
     if isinstance(held, nn.Module):
-        return getattr(held, str(key), None)
+        return _attribute(held, str(key))
     try:
         return held[key]
     except (IndexError, KeyError, TypeError):

@@ -133,6 +133,27 @@ def test_an_error_that_the_model_catches_is_raised_in_the_end() -> None:
     made(X)
 
 
+@fxr.pattern
+class Act:
+    """An activation, and what it reads."""
+
+    x: fxr.Value
+    act: nn.ReLU
+
+
+@fxr.rule(where=[fxr.known_rank("x")])
+def tanh(m: Act) -> fxr.Replace:
+    """A rule that asks for a rank."""
+    return fxr.Replace(nn.Tanh())
+
+
+def test_so_is_one_of_a_tensor_that_was_not_expected() -> None:
+    made, _ = fxr.rewrite(Catches(nn.ReLU()).eval(), tanh, X, into="modules", expect={"tanh": 1})
+    made(X)
+    with pytest.raises(GuardError, match="part was called on a tensor of 3 dimensions"):
+        made(X[0])
+
+
 def test_hooks_that_are_added_later_work(made: Any) -> None:
     """What a hook puts in the place of the value is not what was given."""
     seen = []

@@ -299,6 +299,7 @@ CHANGED = {
     "a weight of a function's first argument": "return self.bn(first([self.conv], x))",
     "a weight in a list of a function": "return self.bn(self.conv(x)) * total([self.conv, x])",
     "a weight in a function": "return self.bn(self.conv(scaled(x, self.conv)))",
+    "an epsilon in a function": "return self.bn(self.conv(near(x, self.bn)))",
     "a function that keeps it": "return self.bn(self.conv(kept(x, self.conv)))",
     "a function that takes any": "return self.bn(self.conv(whatever(x, conv=self.conv)))",
     "a function that calls itself": "return self.bn(self.conv(again(x, self.conv)))",
@@ -327,6 +328,8 @@ PADDED = """
 def total(modules):
     return modules[0].weight.mean()
 Norm = nn.BatchNorm2d
+def near(x, norm):
+    return x + norm.eps
 def padded(x, conv):
     return x * (1 + conv.stride[0])
 def handed(x, conv):
