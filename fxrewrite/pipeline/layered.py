@@ -36,7 +36,9 @@ def _layer(module: nn.Module, rules: Sequence[Rule[Any]]) -> nn.Module | None:
     held = {
         k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }
-    is_torchs = type(module).__module__.partition(".")[0] == "torch"
+    # A subclass of a layer of torch is one for rules to look at as it is.
+    bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    is_torchs = any(base.__module__.partition(".")[0] == "torch" for base in bases)
     if is_torchs or not held or module._modules or not runs_its_forward_alone(module):
         return None
     traced = attempt(module)

@@ -72,7 +72,7 @@ def test_it_folds_in_a_module_tree(forward: Any) -> None:
     before.assert_unchanged()
     assert report.applied[0].assurance == ("proved" if forward is plain else "guarded")
     assert {"lin.weight", "lin.bias"} == {k for k in made.state_dict() if k.startswith("lin")}
-    assert type(made.lin) is nn.Linear
+    assert isinstance(made.lin, nn.Linear)
     assert type(made) is type(model)
     torch.testing.assert_close(made(X), model(X), rtol=0, atol=1e-12)
     copied = pickle.loads(pickle.dumps(made.lin))
@@ -137,4 +137,4 @@ def test_a_module_that_is_called_twice_is_rewritten_for_all_calls_or_none() -> N
         made, report = fxr.rewrite(model, "affine", X, into="modules")
         assert bool(report.applied) is bool(applied)
         torch.testing.assert_close(made(X), model(X), rtol=0, atol=1e-12)
-        assert type(made.lin) is (nn.Linear if applied else Lin)
+        assert isinstance(made.lin, nn.Linear if applied else Lin)
