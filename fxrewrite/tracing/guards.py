@@ -35,6 +35,7 @@ from .questions import Question
 from .value_kinds import Kinds
 
 _ABSENT = object()
+_TRACE = fx.Tracer.trace.__code__
 
 
 class Watch:
@@ -174,7 +175,7 @@ class Watch:
     def _decide_outside(self, frame: FrameType, question: Question) -> None:
         """Note what a forward asks of torch, or sets, that no value of the graph shows."""
         line = line_of(frame)
-        if _is_of_a_collection(frame):
+        if _is_between(frame):
             return
         if question.operands is None:
             if any(map(holds_proxy, frame.f_locals.values())):
@@ -272,12 +273,15 @@ class Watch:
         self._found[key] = assumption, node
 
 
-def _is_of_a_collection(frame: FrameType | None) -> bool:
-    """Whether Python collects garbage, and calls what wants to know of that."""
+def _is_between(frame: FrameType | None) -> bool:
+    """Whether Python imports a module meanwhile, or tells of garbage that it collects."""
     codes = {getattr(each, "__code__", None) for each in gc.callbacks}
-    while frame is not None and frame.f_code not in codes:
+    while frame is not None and frame.f_code is not _TRACE:
+        code = frame.f_code
+        if code in codes or code.co_filename.startswith("<frozen importlib"):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _is_below(name: str, others: Container[str]) -> bool:

@@ -228,8 +228,8 @@ def test_the_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rules"]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("conv_bn  Fold each batch norm into the convolution before it.")
-    assert lines[at + 1] == "  fold_conv_bn  conv -> between* -> bn"
-    assert lines[at + 2].startswith("    Scale the weight and shift the bias")
+    assert lines[at + 1] == "  fold_conv_bn  conv -> between* -> laid* -> bn"
+    assert lines[at + 2].startswith("    Scale weight and bias as the batch norm would")
 
 
 # Runs that fail

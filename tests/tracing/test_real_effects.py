@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import X, bn, conv, randomise
+from nets import Forward, X, bn, conv, randomise
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -303,3 +303,23 @@ def test_what_is_caught_where_there_is_no_value_of_the_model_does_not_matter() -
 def test_what_a_forward_does_at_last_is_no_reason_to_refuse() -> None:
     made, _ = fxr.rewrite(net(at_last), "conv_bn", into="graph", expect={"conv_bn": 1})
     torch.testing.assert_close(made(X), net(at_last)(X), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_imported_meanwhile_is_no_part_of_a_forward(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    """The code of a module that is imported sets its own globals, and catches what it likes."""
+    (tmp_path / "imported_late.py").write_text(
+        "def fill():\n    global cache\n    cache = []\nfill()\n"
+        "try:\n    import nothing_of_the_sort\nexcept ImportError:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        import imported_late  # type: ignore[import-not-found]
+
+        return m.bn(m.conv(x)) if imported_late.cache == [] else x
+
+    model = Forward(forward, conv=conv(), bn=bn())
+    report = fxr.plan(model, "conv_bn")
+    assert (report.into, report.assumptions, len(report.applied)) == ("graph", (), 1)
