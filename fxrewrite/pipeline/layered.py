@@ -36,8 +36,9 @@ def _layer(module: nn.Module, rules: Sequence[Rule[Any]]) -> nn.Module | None:
     held = {
         k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }
-    is_torchs = type(module).__module__.partition(".")[0] == "torch"
-    if is_torchs or not held or module._modules or not runs_its_forward_alone(module):
+    kind = type(module)
+    is_own = kind.__module__.partition(".")[0] != "torch" and kind.__call__ is nn.Module.__call__
+    if not is_own or not held or module._modules or not runs_its_forward_alone(module):
         return None
     traced = attempt(module)
     if not traced.is_whole or traced.graph is None or traced.assumptions or traced.constants:
