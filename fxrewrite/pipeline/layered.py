@@ -37,9 +37,11 @@ def _layer(module: nn.Module, rules: Sequence[Rule[Any]]) -> nn.Module | None:
         k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }
     # A subclass of a layer of torch is one for rules to look at as it is.
-    bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    is_torchs = any(base.__module__.partition(".")[0] == "torch" for base in bases)
-    if is_torchs or not held or module._modules or not runs_its_forward_alone(module):
+    kind = type(module)
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    is_torchs = any(base.__module__.partition(".")[0] == "torch" for base in own)
+    is_plain = kind.__call__ is nn.Module.__call__ and runs_its_forward_alone(module)
+    if is_torchs or not is_plain or not held or module._modules:
         return None
     traced = attempt(module)
     if not traced.is_whole or traced.graph is None or traced.assumptions or traced.constants:

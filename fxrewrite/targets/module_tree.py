@@ -229,10 +229,12 @@ class ModuleTreeTarget(GraphTarget):
         """The modules that changed here, and not in all calls, or not to one and the same."""
         view, now = self._view, self._called()
         several = [view.modules[view.first_name(n)] for n in now - view.modules.keys()]
+        # A new module may hold the old one, which is no call of that.
+        stay = {id(view.module(node)) for node in view.graph.find_nodes(op="call_module")}
         for module in self._changed:
             homes = self._others(module)
             elsewhere = self in homes and any(module not in each._changed for each in homes)
-            if elsewhere or module in several or view.users(module):
+            if elsewhere or module in several or id(module) in stay:
                 yield id(module)
 
     def _is_called(self, link: Link) -> bool:

@@ -44,6 +44,11 @@ class Asking(Lin):
         return F.linear(x, self.weight, self.bias if x.sum() < 1e9 else None)
 
 
+class Called(Lin):
+    def __call__(self, x: torch.Tensor) -> Any:
+        return super().__call__(x) + 1
+
+
 class Kept(Lin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.last = x
@@ -88,7 +93,7 @@ def test_what_no_rule_changes_keeps_its_class() -> None:
     assert made.other is not model.other
 
 
-@pytest.mark.parametrize("kind", [Scaled, Asking, Kept])
+@pytest.mark.parametrize("kind", [Scaled, Asking, Called, Kept])
 def test_what_does_more_is_no_layer(kind: type[Lin]) -> None:
     """A module that computes more, asks something, or remembers what it read stays as it is."""
     model = net(lin=kind())

@@ -203,6 +203,22 @@ def test_revised_steps_take_their_places_in_a_module_tree():
     torch.testing.assert_close(rewritten(X), torch.relu(torch.tanh(conv(X))), rtol=0, atol=0)
 
 
+def test_a_new_module_may_hold_those_that_it_replaces_in_a_module_tree():
+    """The activation in place goes into the convolution's place; another call stops that."""
+    keep = kept(nn.Sequential)
+    members = {"conv": nets.conv(), "act": nn.ReLU(inplace=True)}
+    for forward in (
+        lambda m, x: m.act(m.conv(x)),
+        lambda m, x: m.act(m.conv(x)) if x.sum() < 1e9 else x,
+    ):
+        model = nets.Forward(forward, **members).double()
+        made, _ = fxr.rewrite(model, keep, X, into="modules", expect={"kept": 1})
+        assert type(made.conv) is nn.Sequential
+        torch.testing.assert_close(made(X.clone()), model(X.clone()), rtol=0, atol=0)
+    both = nets.Forward(lambda m, x: m.act(m.conv(x)) + m.conv(x), **members)
+    assert "used elsewhere too" in fxr.plan(both, keep, into="modules").refused[0].reason
+
+
 def test_a_step_that_reads_its_input_later_than_before_must_not_meet_a_write():
     chain = fxr.chain(bn=nn.BatchNorm2d, act=nn.ReLU)
     rule = fxr.rule(pattern=chain, name="late")(lambda m: fxr.Revise(bn=None, act=nn.Tanh()))
