@@ -10,7 +10,7 @@ import fxrewrite as fxr
 from . import norms
 from .affine import scaled_and_shifted
 from .held_norm import fold_held_norm
-from .norms import OtherBatchNorm
+from .norms import AnotherBatchNorm
 from .own_forward import OwnForward
 from .spellings import LAY_OUT
 
@@ -31,7 +31,7 @@ class ConvBn:
         ...,
     ]  # fmt: skip
     laid: tuple[fxr.Call, ...] = fxr.call(*LAY_OUT, chain="input", side_inputs=False)
-    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | OtherBatchNorm
+    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | AnotherBatchNorm
 
 
 def same_rank(m: ConvBn) -> str | None:

@@ -22,7 +22,7 @@ class Norm(fxr.Family):
     """A norm whose scale and shift per channel are known."""
 
 
-class OtherBatchNorm(nn.BatchNorm2d, fxr.Family):
+class AnotherBatchNorm(nn.BatchNorm2d, fxr.Family):
     """A batch norm of another type than torch's three: frozen, or with an activation behind it."""
 
 
@@ -172,7 +172,7 @@ def _frozen(norm: Any) -> Vectors:
 
 def _add(kind: type[nn.Module] | str, known: _Known) -> None:
     Norm.add(kind, known)
-    OtherBatchNorm.add(kind, known)
+    AnotherBatchNorm.add(kind, known)
 
 
 _add(nn.SyncBatchNorm, _Known(_running, half=True))

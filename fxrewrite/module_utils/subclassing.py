@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -97,9 +98,8 @@ class FamilyType(type):
     def add(cls, member: type[nn.Module] | str, known: Any = True) -> None:
         """Take in a module type, and with it each subclass that is no member by itself.
 
-        Args:
-            member: the type, or its name with that of the module that defines it.
-            known: what the family knows of it, which `known_of` gives back.
+        `member` is the type, or its name with that of the module that defines it; `known` is what
+        the family knows of it, which `known_of` gives back.
         """
         cls._members[member] = known
         FamilyType.additions += 1
@@ -114,10 +114,11 @@ class FamilyType(type):
         return cls._members[cls._key(cls.member(kind) or kind) or kind]
 
     def __str__(cls) -> str:
-        """The family's name, with that of a member; nothing for one that stands for no others."""
+        """The family's name in words, and a member's; nothing if it stands for no others."""
         first = next(iter(cls._members), "")
         name = str(getattr(first, "__name__", first)).rpartition(".")[2]
-        return f"{cls.__name__} such as {name}" if name else "" if cls.proof else cls.__name__
+        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
+        return f"{words} such as {name}" if name else "" if cls.proof else words
 
     def __instancecheck__(cls, instance: Any) -> bool:
         """Whether a module's type, or a base of it, was added."""

@@ -68,7 +68,7 @@ def test_why_of_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "bn: applied by fold_conv_bn: conv -> bn became conv",
         "last: it could be the conv of fold_conv_bn, but it feeds act (ReLU), "
-        "not a BatchNorm1d, BatchNorm2d, BatchNorm3d or OtherBatchNorm such as SyncBatchNorm",
+        "not a BatchNorm1d, BatchNorm2d, BatchNorm3d or another batch norm such as SyncBatchNorm",
     ]
 
 

@@ -39,7 +39,7 @@ class OtherConvForward(nn.Conv2d):
         return super()._conv_forward(x, *args) * 2
 
 
-class OtherBatchNorm(nn.BatchNorm2d):
+class AnotherBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).relu()
 
@@ -55,7 +55,7 @@ def test_a_subclass_that_overrides_nothing() -> None:
     [
         ({"conv": OtherForward(4, 4, 1)}, "is a OtherForward, whose forward is not that of Conv2d"),
         ({"conv": OtherConvForward(4, 4, 1)}, "whose _conv_forward is not that of Conv2d"),
-        ({"bn": OtherBatchNorm(4)}, "whose forward is not that of BatchNorm2d"),
+        ({"bn": AnotherBatchNorm(4)}, "whose forward is not that of BatchNorm2d"),
     ],
 )
 def test_a_subclass_that_overrides(members: dict[str, nn.Module], words: str) -> None:

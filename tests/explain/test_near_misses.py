@@ -22,7 +22,7 @@ def test_a_convolution_that_feeds_something_else_tells_what() -> None:
     report = fxr.plan(model, "conv_bn")
     assert report.why("conv") == (
         "conv: it could be the conv of fold_conv_bn, but it feeds act (ReLU), "
-        "not a BatchNorm1d, BatchNorm2d, BatchNorm3d or OtherBatchNorm such as SyncBatchNorm"
+        "not a BatchNorm1d, BatchNorm2d, BatchNorm3d or another batch norm such as SyncBatchNorm"
     )
     assert report.why("bn") == (
         "bn: missed by fold_conv_bn: it reads act (ReLU), not a Conv1d, Conv2d or Conv3d"
