@@ -22,6 +22,7 @@ from fxrewrite.ir.describe import name_of
 from fxrewrite.ir.graph_view import GraphView
 from fxrewrite.module_utils.state import bits
 from fxrewrite.module_utils.torch_private import pytree
+from fxrewrite.pipeline.layered import Layered
 from fxrewrite.pipeline.rule_lists import leaf_types, rules_of, wanted_types
 from fxrewrite.rules.registry import Rules, resolve
 from fxrewrite.rules.rule import Rule
@@ -126,6 +127,8 @@ def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None
 
 def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -> str | None:
     """An anchor of the model that the report says nothing of, or more than one thing."""
+    if report.into == "modules":
+        model = Layered(model, rules).copy
     # A quiet rule tells of those anchors only of which it has something to tell.
     loud = [rule for rule in rules if not rule.quiet]
     anchors = [rule.pattern.anchor_step for rule in loud]
