@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import FrameType
-from typing import Any, NoReturn
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NoReturn, TypeAlias
 from weakref import ref
 
 import attrs
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from torch.nn.modules import module as nn_module
 
 from ..engine.bindings import Shown
 from ..errors import GuardError
 from ..module_utils.torch_private import version_of
+from ..tracing.passages import Passage
+from .local_proof import flaw
+
+Place: TypeAlias = tuple[str, int, str, int]
+"""An instruction of a function: its file, the function's first line and name, the offset."""
+
+_Given: TypeAlias = "tuple[ref[torch.Tensor], object, Pair, tuple[CodeType, int] | None]"
+# By whose functions a module is called.
+_ON_THE_WAY = (nn_module.__file__, str(Path(__file__).with_name("guarded_modules.py")), __file__)
 
 
 @attrs.frozen(eq=False)
@@ -25,6 +36,8 @@ class Pair:
     `places` are the lines of the user's code that call them. It `is_direct` where no function of
     the forward stands between the two. It `counts_writes` where other code may change the value in
     between, on a way that was not seen. It `is_alone` where each of them is called at one place.
+    `seen` are the places where the first one was seen to be called. At another one, the function
+    there must give the value to the second one alone, and, if it `is_late`, do nothing before.
     """
 
     first: str
@@ -33,6 +46,8 @@ class Pair:
     is_direct: bool = True
     counts_writes: bool = False
     is_alone: bool = True
+    seen: frozenset[Place] = frozenset()
+    is_late: bool = False
 
     def merged(self, other: Pair) -> Pair:
         """One pair for two places; what holds at both of them."""
@@ -41,6 +56,8 @@ class Pair:
             is_direct=self.is_direct and other.is_direct,
             counts_writes=self.counts_writes or other.counts_writes,
             is_alone=self.is_alone and other.is_alone,
+            seen=self.seen | other.seen,
+            is_late=self.is_late or other.is_late,
         )
 
     def error(self, what: str) -> GuardError:
@@ -64,7 +81,7 @@ class Guard(threading.local):
     """
 
     def __init__(self) -> None:
-        self.given: dict[str, list[tuple[ref[torch.Tensor], object, Pair]]] = {}
+        self.given: dict[str, list[_Given]] = {}
         self.depth = 0
         self._outermost: FrameType | None = None
         self._handled: BaseException | None = None
@@ -100,7 +117,7 @@ class Guard(threading.local):
         if error is not None:  # which the model's own code has caught
             raise error
         if left is not None:
-            _, _, pair = left[0]
+            pair = left[0][2]
             raise pair.error(f"what {pair.first} gave was not given to {pair.second}")
 
     def fail(self, error: GuardError) -> NoReturn:
@@ -150,7 +167,7 @@ class Watch:
         for pair in self.takes:
             held = given.get(pair.first, ())
             for each in held:
-                tensor, version, _ = each
+                tensor, version, _, place = each
                 if tensor() is value or not pair.is_direct:
                     if len(held) == 1:
                         del given[pair.first]
@@ -159,6 +176,9 @@ class Watch:
                     if pair.counts_writes and version != version_of(value):
                         what = f"what {pair.first} gave was changed in place before {pair.second}"
                         self.guard.fail(pair.error(what))
+                    if place is not None and (reason := _strays(place, pair)) is not None:
+                        what = f"what {pair.first} gave at a place not seen may go elsewhere"
+                        self.guard.fail(pair.error(f"{what}: {reason}"))
                     return
         pair = self.takes[0]
         what = f"{pair.second} was called on something else than {pair.first} gave"
@@ -176,7 +196,9 @@ class Watch:
                     )
                 )
             version = version_of(output)
-        given, now = guard.given, (ref(output), version, pair)
+        code, at = _caller()
+        place = None if place_of(code, at) in pair.seen else (code, at)
+        given, now = guard.given, (ref(output), version, pair, place)
         before = given.get(pair.first)
         if before is None:
             given[pair.first] = [now]
@@ -188,3 +210,24 @@ class Watch:
             what = f"{pair.first} was called twice, and {pair.second} not in between"
             guard.fail(pair.error(what))
         before.append(now)
+
+
+def place_of(code: CodeType, at: int) -> Place:
+    """An instruction of a function, as it is the same in a copy of a graph's code."""
+    return code.co_filename.partition("_with_key>")[0], code.co_firstlineno, code.co_name, at
+
+
+def _caller() -> tuple[CodeType, int]:
+    """The code that calls a guarded module, and where in it."""
+    frame = sys._getframe(3)
+    while frame.f_back is not None and frame.f_code.co_filename in _ON_THE_WAY:
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti
+
+
+def _strays(place: tuple[CodeType, int], pair: Pair) -> str | None:
+    """Why a value that was given there may not come here alone, or None."""
+    code, at = _caller()
+    if code is not place[0]:
+        return "it is taken by another function"
+    return flaw(Passage(code, place[1], at), late=pair.is_late)

@@ -182,7 +182,7 @@ class ModuleTreeTarget(GraphTarget):
                 return "as many sites were rewritten as may be"
             self._budget.left = None if self._budget.left is None else self._budget.left - 1
         if not self._is_certain:
-            self.pairs += self._paths.pairs(path, reason is None, self._is_called_once)
+            self.pairs += self._paths.pairs(path, reason is None, late, self._is_called_once)
         if path[0] in self._kinds:
             self.expected[self._modules[path[0]]] = self._kinds[path[0]]
         self._changed |= now

@@ -13,7 +13,7 @@ from ..engine.match import Site
 from ..ir.aliases import hands_on
 from ..ir.graph_view import GraphView
 from ..tracing.passages import Passage
-from .guard import Pair
+from .guard import Pair, Place, place_of
 from .local_proof import flaw
 from .sources import line_of
 
@@ -87,7 +87,11 @@ class ValuePaths:
         return [each for way in self._ways(path) for each in way or ()]
 
     def pairs(
-        self, path: Sequence[str], counts_writes: bool, is_called_once: Callable[[str], bool]
+        self,
+        path: Sequence[str],
+        counts_writes: bool,
+        late: bool,
+        is_called_once: Callable[[str], bool],
     ) -> Iterator[Pair]:
         """The modules on a path that follow one on the other, idle ones left out."""
         called = [each for each in path if each in self.modules]
@@ -97,6 +101,7 @@ class ValuePaths:
             part = path[path.index(first) : path.index(second) + 1]
             is_direct = all(map(self._is_idle, part[1:-1]))
             known = self.passages(part) if is_direct else []
+            ways = self._calls.passages(part[0], part[1])
             is_decided = not is_direct or self._calls.is_decided(first, second)
             names = self.modules[first], self.modules[second]
             yield Pair(
@@ -105,6 +110,8 @@ class ValuePaths:
                 is_direct=is_direct,
                 counts_writes=counts_writes and not is_decided and self._flaw(part) is not None,
                 is_alone=all(map(is_called_once, names)),
+                seen=frozenset(_giving(way) for way in ways if way),
+                is_late=late,
             )
 
     def _ways(self, path: Sequence[str]) -> Iterator[tuple[Passage, ...] | None]:
@@ -133,3 +140,11 @@ class ValuePaths:
 
     def _is_idle(self, node: str) -> bool:
         return node in self.modules and hands_on(self._view.modules[self.modules[node]])
+
+
+def _giving(way: Sequence[Passage]) -> Place:
+    """Where the call is that gives a value, in the innermost of the functions that return it."""
+    returning = [each for each in way if each.end is None]
+    each = returning[-1] if returning else way[0]
+    assert isinstance(each.begin, int)
+    return place_of(each.code, each.begin)
