@@ -102,6 +102,9 @@ class ModuleTreeTarget(GraphTarget):
                 "its replacement reads further values, which the forward would have to pass to it; "
                 f"{_ELSEWHERE}"
             )
+        own = [self._original(link) for link in changed if not _stays(link)]
+        if len(set(own)) < len(own):
+            return f"it calls one module more than once, and all calls stay; {_ELSEWHERE}"
         homes = set[tuple[ModuleTreeTarget, ...]]()
         for link in changed:
             if _stays(link):

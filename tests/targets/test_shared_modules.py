@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import X, bn, conv, randomise
+from nets import Forward, X, bn, conv, randomise
 from torch import nn
 
 import fxrewrite as fxr
@@ -122,3 +122,11 @@ def test_one_activation_for_many_calls_keeps_its_name() -> None:
     for into in ("graph", "modules"):
         made, _ = fxr.rewrite(Block().eval(), smooth, into=into, expect={"smooth": 2})
         assert {"relu.weight"} == {k for k in made.state_dict() if "conv" not in k}
+
+
+def test_a_chain_that_calls_one_module_twice_stays() -> None:
+    """What it becomes would be called as often as the module was."""
+    model = Forward(lambda m, x: m.conv(m.conv(x)), conv=nn.Conv2d(4, 4, 1, bias=False))
+    made, report = fxr.rewrite(model.double(), "affine", into="modules")
+    assert "calls one module more than once" in report.refused[0].reason
+    torch.testing.assert_close(made(X), model(X), rtol=0, atol=0)
