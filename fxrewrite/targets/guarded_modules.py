@@ -105,7 +105,7 @@ def guarded(
 def unguarded(model: nn.Module) -> nn.Module:
     """A copy of a rewritten model whose modules no longer notice calls that were not seen.
 
-    The guard takes about a microsecond a call, and `torch.jit.script` can't compile it.
+    The guard takes one to two microseconds a call, and `torch.jit.script` can't compile it.
 
     >>> layer = unguarded(nn.Linear(2, 3))
     >>> layer.weight.shape

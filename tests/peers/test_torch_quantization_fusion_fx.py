@@ -186,16 +186,15 @@ def test_fuse_addtional_fuser_method(into: Any) -> None:
 
 
 def test_fuse_addtional_fuser_method_that_holds_what_it_replaces(into: Any) -> None:
-    """In a graph it may hold the very module; a module tree takes that for another use of it."""
+    """It may hold the very module, in a graph and in a module tree."""
 
     @fxr.rule(pattern=CONV_RELU)
     def join(m: Any) -> fxr.Replace:
         return fxr.Replace(ConvRelu(m.conv), slot="conv")
 
     model = conv_bn(lambda m, x: m.relu(m.conv(x)), relu=nn.ReLU())
-    made, report = rewritten(model, join, random_input((1, 4, 5, 5)), into=into)
-    assert type(made.conv) is (ConvRelu if into == "graph" else nn.Conv2d)
-    assert ("conv is used elsewhere too" in report.why("relu")) == (into == "modules")
+    made, _ = rewritten(model, join, random_input((1, 4, 5, 5)), into=into)
+    assert type(made.conv) is ConvRelu
 
 
 @fxr.pattern

@@ -86,7 +86,7 @@ def rewrite(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@given(st.integers(1, 6000), st.sampled_from([Model, Writing]))
+@given(st.integers(1, 6500), st.sampled_from([Model, Writing]))
 def test_ctrl_c_at_any_line_leaves_the_model_as_it_was(after: int, kind: Any) -> None:
     """Wherever in this package it comes, the model is the same, and the next rewrite works."""
     model = nets.randomise(kind())
@@ -115,7 +115,7 @@ def test_ctrl_c_at_any_line_of_the_tracer_does_not_shut_out_other_threads() -> N
 def test_ctrl_c_is_tried_until_the_end_of_a_rewrite() -> None:
     """The lines that the test above interrupts are about all that there are."""
     assert interrupted(1500, lambda: rewrite(nets.randomise(Model())))
-    assert not interrupted(6000, lambda: rewrite(nets.randomise(Model())))
+    assert not interrupted(6500, lambda: rewrite(nets.randomise(Model())))
 
 
 @pytest.fixture

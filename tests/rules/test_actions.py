@@ -213,7 +213,7 @@ def test_a_new_module_may_hold_those_that_it_replaces_in_a_module_tree():
     ):
         model = nets.Forward(forward, **members).double()
         made, _ = fxr.rewrite(model, keep, X, into="modules", expect={"kept": 1})
-        assert type(made.conv) is nn.Sequential
+        assert isinstance(made.conv, nn.Sequential)
         torch.testing.assert_close(made(X.clone()), model(X.clone()), rtol=0, atol=0)
     both = nets.Forward(lambda m, x: m.act(m.conv(x)) + m.conv(x), **members)
     assert "used elsewhere too" in fxr.plan(both, keep, into="modules").refused[0].reason

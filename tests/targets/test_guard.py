@@ -287,6 +287,51 @@ def test_a_change_in_place_is_seen_where_the_code_may_make_one() -> None:
         made(X.clone())
 
 
+class Detour(nn.Module):
+    """Calls its convolution at a further place, whose value may go elsewhere as well."""
+
+    way = "seen"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if x.sum() < -1e9:
+            return x
+        if self.way == "alone":
+            return self.bn(self.conv(x))
+        if self.way == "read":
+            y = self.conv(x)
+            return self.bn(y) + y
+        if self.way == "handed on":
+            y = self.conv(x)
+            return self.norm(y) + y
+        if self.way == "by another":
+            return self.norm(self.conv(x))
+        return self.bn(self.conv(x))
+
+    def norm(self, y: torch.Tensor) -> Any:
+        return self.bn(y)
+
+
+COPIES = [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+
+
+@pytest.mark.parametrize("way", ["read", "handed on", "by another"])
+@pytest.mark.parametrize("how", COPIES, ids=["itself", "copied", "pickled"])
+def test_at_a_place_not_seen_the_value_must_go_nowhere_else(way: str, how: Any) -> None:
+    """Where the function there shows so, the result is the same; else the guard raises."""
+    model = randomise(Detour()).double().eval()
+    made = how(fxr.rewrite(model, "conv_bn", X, expect={"conv_bn": 1})[0])
+    for safe in ("seen", "alone"):
+        model.way = made.way = safe
+        torch.testing.assert_close(made(X), model(X), rtol=1e-9, atol=1e-9)
+    made.way = way
+    with pytest.raises(GuardError, match="what conv gave at a place not seen may go elsewhere"):
+        made(X)
+
+
 @fxr.pattern
 class Chain:
     """A convolution and its norm."""
