@@ -96,10 +96,9 @@ class FamilyType(type):
         cls._members: dict[type[nn.Module] | str, Any] = {}
 
     def add(cls, member: type[nn.Module] | str, known: Any = True) -> None:
-        """Take in a module type, and with it each subclass that is no member by itself.
+        """Take in a module type, and each subclass that is no member by itself.
 
-        `member` is the type, or its name with that of the module that defines it; `known` is what
-        the family knows of it, which `known_of` gives back.
+        It is given itself or by its full name, with what `known_of` is to give back.
         """
         cls._members[member] = known
         FamilyType.additions += 1
