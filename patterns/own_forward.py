@@ -96,14 +96,16 @@ def own_forward(layer: nn.Module) -> Own | str:
     bias = None if held["bias"] is None else _Sealed(torch.empty(1))
     try:
         found = _read(fxr.evolve(layer, weight=_Sealed(torch.empty(1)), bias=bias))
-        if isinstance(found, str) or (found.norm is None and bias is not None):
+        if isinstance(found, str):
             return found
         folded = layer if found.norm is None else without_norm(layer, found.norm)
         sealed = {each: _Sealed(torch.empty(1)) for each in ("weight", "bias")}
         after = _read(fxr.evolve(folded, **sealed), found.norm)
     except fxr.errors.TraceError as error:
         return str(error)
-    return found if after == found else "it asks what its norm is, or whether there is a bias"
+    if after != found:
+        return "its forward does something else without a norm, with a bias, or the next time"
+    return found
 
 
 def without_norm(layer: L, name: str) -> L:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import operator
 import sys
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 from torch import fx
@@ -29,6 +33,14 @@ class Proxy(fx.Proxy):
             )
         super().__setattr__(name, value)
 
+    def __iter__(self) -> Iterator[Any]:
+        """Its items where a forward unpacks so many; FX would read all of its code each time."""
+        frame = sys._getframe(1)
+        count = _unpacked(frame.f_code).get(frame.f_lasti)
+        if count is None:
+            return self.tracer.iter(self)
+        return (self[i] for i in range(count))  # type: ignore[index]
+
     def __hash__(self) -> int:
         """Its identity; a forward that looks it up somewhere by that is noted."""
         watch = getattr(self.tracer, "watch", None)
@@ -42,6 +54,13 @@ class Proxy(fx.Proxy):
         watch = getattr(self.tracer, "watch", None)
         kind = None if watch is None else watch.class_for(sys._getframe(1), self.node)
         return kind or Proxy
+
+
+@functools.lru_cache(maxsize=4096)
+def _unpacked(code: CodeType) -> dict[int, int]:
+    """How many values each instruction of a function unpacks, by its offset."""
+    found = (each for each in dis.get_instructions(code) if each.opname == "UNPACK_SEQUENCE")
+    return {each.offset: each.argval for each in found}
 
 
 def _recorded(write: Any) -> Any:

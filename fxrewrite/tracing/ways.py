@@ -20,7 +20,8 @@ def ways(
 
     A forward that asks whether a value is true, such as `x.shape[-1] % 2`, goes on with either
     answer. One that asks in which mode the module is goes on as it is. What it calls on its input
-    it calls on a tensor; whether that is one it may not ask.
+    it calls on a tensor; whether that is one it may not ask. Each way is traced once: whether it is
+    the same each time shows where they are gone through again.
 
     >>> class Padded(nn.Conv2d):
     ...     def forward(self, x):

@@ -104,7 +104,7 @@ REFUSED: dict[type[nn.Module], str] = {
     NormOfSum: "what the layer makes is read by add",
     NormIfMany: "what it calls on what the layer makes depends on its input",
     ReadsNorm: "* self.norm.weight.sum()",
-    AsksForNorm: "it asks what its norm is, or whether there is a bias",
+    AsksForNorm: "its forward does something else without a norm, with a bias, or the next time",
     AddsItself: "what the layer makes is not read once",
 }
 

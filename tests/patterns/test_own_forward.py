@@ -223,7 +223,7 @@ REFUSED: dict[type[nn.Module], str] = {
     Standardises: "it does not call conv2d() once, with its weight and bias",
     ReadsItsWeight: "its weight is also read by abs",
     ReadsItsWeightAsANumber: "the forward raised there",
-    AsksForItsBias: "it asks what its norm is, or whether there is a bias",
+    AsksForItsBias: "its forward does something else without a norm, with a bias, or the next time",
     AsksForItsDevice: "the forward raised there",
     OnOneWay: "what the layer makes is read by mul",
     Twice: "it does not call conv2d() once, with its weight and bias",
