@@ -55,5 +55,7 @@ def _layer(module: nn.Module, rules: Sequence[Rule[Any]]) -> nn.Module | None:
     if len(taken) != 1 or traced.graph.output_node().args != (lifted.node,):
         return None
     layer = lifted.module
-    layer.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(layer)})
+    # An attribute of the name of a parameter that is None would hide a new one.
+    own_names = {*vars(layer), *layer._parameters, *layer._buffers}
+    layer.__dict__.update({k: v for k, v in vars(module).items() if k not in own_names})
     return layer

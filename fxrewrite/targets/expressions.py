@@ -136,9 +136,10 @@ class Expressions:
         found: Values = set()
         does_more = self._late and isinstance(node, ast.Call) and not _is_question(node)
         for state, holds in values:
-            if does_more and node is not self._end and state.status == "fresh":
+            takes = holds and node is self._end
+            if does_more and not takes and state.status == "fresh":
                 raise FlawError(self._said("may do something else before", node))
-            if holds and node is self._end:
+            if takes:
                 found.add((self._take(node, state), False))
             elif holds:
                 used = self._used(node, state)

@@ -163,7 +163,9 @@ class ModuleTreeTarget(GraphTarget):
         if path is None:
             return "it is not known how its values get from one call to the next"
         stays = [link.node for link in site.links if link not in gone]
-        late = any(link.node < node for link in gone for node in stays)
+        # Through a function the guard can't follow a value, so nothing else may come between.
+        late = any(each not in self._paths.modules for each in path)
+        late = late or any(link.node < node for link in gone for node in stays)
         becomes = {link: new.get(link) or nn.Identity() for link in changed if not _stays(link)}
         # What is idle stays so only where nobody sets its mode.
         idle = {link: self._original(link) for link in changed if _stays(link)}

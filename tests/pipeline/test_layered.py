@@ -34,6 +34,15 @@ class Lin(nn.Module):
         return self.outputs
 
 
+class WithoutBias(Lin):
+    """Its bias is no parameter, but an attribute that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.bias
+        self.bias = None
+
+
 class Scaled(Lin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias) * 2
@@ -66,6 +75,12 @@ def asks(m: Any, x: torch.Tensor) -> torch.Tensor:
 def net(forward: Any = asks, lin: nn.Module | None = None, **members: nn.Module) -> nn.Module:
     layers = {"lin": lin or Lin(), "bn": nn.BatchNorm1d(5), **members}
     return randomise(Forward(forward, **layers)).double().eval()
+
+
+def test_a_bias_that_was_none_is_the_shift_afterwards() -> None:
+    model = net(asks, WithoutBias())
+    made, _ = fxr.rewrite(model, "affine", X, into="modules", expect={"affine": 1})
+    torch.testing.assert_close(made(X), model(X), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("forward", [plain, asks])

@@ -318,6 +318,42 @@ class Detour(nn.Module):
 COPIES = [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 
 
+class Through(nn.Module):
+    """Calls a function between convolution and norm, and without a mask something else."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.way = conv(), bn(), way
+
+    def forward(self, x: torch.Tensor, mask: Any = None) -> Any:
+        y = self.conv(x)
+        if self.way == "another call" and mask is None:
+            return self.bn(x)
+        if self.way == "a method" and mask is None:
+            return self.norm(x)
+        if self.way == "another value" and mask is None:
+            y = x
+        y = y.contiguous()
+        if self.way == "another value behind it" and mask is None:
+            y = x
+        return self.bn(y)
+
+    def norm(self, x: torch.Tensor) -> Any:
+        return self.bn(x)
+
+
+@pytest.mark.parametrize(
+    "way", ["", "another call", "a method", "another value", "another value behind it"]
+)
+@pytest.mark.parametrize("inputs", [None, (X, X)], ids=["", "example inputs"])
+def test_what_goes_through_a_function_must_be_next_on_each_way(way: str, inputs: Any) -> None:
+    """The guard can't follow a value through it."""
+    model = randomise(Through(way)).double().eval()
+    made, _ = fxr.rewrite(model, "conv_bn", inputs, into="modules")
+    for given in ((X,), (X, X)):
+        torch.testing.assert_close(made(*given), model(*given), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("way", ["read", "handed on", "by another"])
 @pytest.mark.parametrize("how", COPIES, ids=["itself", "copied", "pickled"])
 def test_at_a_place_not_seen_the_value_must_go_nowhere_else(way: str, how: Any) -> None:
