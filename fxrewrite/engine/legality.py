@@ -92,7 +92,7 @@ def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool, trained: 
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
     traits = traits_of_module(module)
-    # RReLU is the one activation with a mode, and of what it keeps no row says anything.
+    # Of an activation that has a mode, no row says what it keeps.
     has_no_mode = traits.layer or (traits.activation and traits.keeps)
     is_fixed = not trained and has_no_mode and runs_its_forward_alone(module)
     if module.training and not (any_mode or is_fixed):
