@@ -105,7 +105,10 @@ def check_model(
     must("the same rewrite gives the same result", _unlike(made, again, report, second))
     left = plan(made, rules, **options).applied
     must("a second rewrite finds nothing left to do", f"it applied {left[0]}" if left else None)
-    must("each anchor is accounted for", _unaccounted(rules_of(resolve(rules)), model, report))
+    must(
+        "each anchor is accounted for",
+        _unaccounted(rules_of(resolve(rules)), model, report, not shapes),
+    )
     silent = [each for each in (*report.refused, *report.missed) if not each.reason]
     must("each refusal and miss has a reason", f"{silent[0].anchor} has none" if silent else None)
     return report
@@ -125,7 +128,9 @@ def _unlike(made: Any, again: Any, report: Report, second: Report) -> str | None
     return name and f"{name} holds other numbers, so the rule depends on more than its match"
 
 
-def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -> str | None:
+def _unaccounted(
+    rules: Sequence[Rule[Any]], model: nn.Module, report: Report, guesses: bool
+) -> str | None:
     """An anchor of the model that the report says nothing of, or more than one thing."""
     if report.into == "modules":
         model = Layered(model, rules).copy
@@ -137,11 +142,13 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     calls: Counter[str] = Counter()
     called: set[int] = set()
     functions = {each for rule in rules for each in _functions(rule.pattern)}
-    for view in _views(rules, model, report.into):
+    for view in _views(rules, model, report.into, guesses):
         for node in view.graph.nodes:
             called.add(id(view.module(node)))
             name, own = view.shown(name_of(node)), view.shown(node.name)
-            told = [each for each in report.findings if own in each.nodes]
+            # Of calls in parts, and on guessed ways, one tells for all of which the same is said.
+            shared = report.modules.get(name, name) if guesses or report.stops else None
+            told = [e for e in report.findings if own in e.nodes or e.anchor == shared]
             looking = [rule for rule in loud if accepts(rule.pattern.anchor_step, node, view)]
             for rule in looking:
                 if not _is_told_by(rule, told):
@@ -167,11 +174,16 @@ def _unaccounted(rules: Sequence[Rule[Any]], model: nn.Module, report: Report) -
     return f"{twice[0]} is declined {declined[twice[0]]} times" if twice else None
 
 
-def _views(rules: Sequence[Rule[Any]], model: nn.Module, into: str) -> list[GraphView]:
+def _views(
+    rules: Sequence[Rule[Any]], model: nn.Module, into: str, guesses: bool
+) -> list[GraphView]:
     """The graphs that the rules were asked about: of the model, or of its parts."""
     leaves = leaf_types(rules)
     whole = attempt(model, leaves)
-    found = Parts(model, whole, wanted_types(rules), leaves, in_leaves=into == "modules").parts
+    wanted, is_tree = wanted_types(rules), into == "modules"
+    found = Parts(
+        model, whole, wanted, leaves, in_leaves=is_tree, guesses=is_tree and guesses
+    ).parts
     return [GraphView(model, each.graph, each.constants, part=each.name) for each in found]
 
 
