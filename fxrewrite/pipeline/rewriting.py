@@ -27,10 +27,11 @@ from ..targets.module_copy import copied
 from ..targets.module_tree import Budget, ModuleTreeTarget
 from ..targets.value_paths import Calls
 from ..tracing.assumptions import Assumption
+from ..tracing.leaves import checked_leaves, is_compiled
 from ..tracing.optional_arguments import attempt_as_graph
 from ..tracing.parts import Parts
 from ..tracing.stops import Stop
-from ..tracing.tracer import attempt, checked_leaves, is_compiled
+from ..tracing.tracer import attempt
 from .applying import apply
 from .layered import Layered
 from .recording import SEVERAL, record_shapes_of_inputs, record_shapes_of_parts

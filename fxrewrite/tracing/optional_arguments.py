@@ -8,7 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from ..module_utils.running import arguments_of
-from .tracer import LeafModules, Traced, attempt
+from .leaves import LeafModules
+from .traced import Traced
+from .tracer import attempt
 
 _PLAIN = (bool, int, float, str, type(None))
 

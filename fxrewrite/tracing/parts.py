@@ -10,17 +10,11 @@ import attrs
 from torch import fx, nn
 
 from ..module_utils.hooks import has_hooks
+from .leaves import LeafModules, is_compiled, keeps_whole
 from .passages import Passage, Passages
 from .stops import Stop
-from .tracer import (
-    LeafModules,
-    Traced,
-    attempt,
-    has_no_forward,
-    is_compiled,
-    keeps_whole,
-    module_path,
-)
+from .traced import Traced
+from .tracer import attempt, has_no_forward, module_path
 
 
 @attrs.define(eq=False, slots=False)

@@ -6,31 +6,26 @@ import copy
 import functools
 import gc
 import threading
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
-import torch
 from torch import fx, nn
 
-from ..errors import TraceError
-from ..module_utils.hooks import has_hooks
 from ..module_utils.names import fresh_name, parent_name
-from ..module_utils.torch_private import FX_CONSTANTS, is_torch_compiled
-from .assumptions import Assumption
+from ..module_utils.torch_private import FX_CONSTANTS
 from .error_recovery import Answers, answer_questions, tolerant
 from .forward_code import is_torchs_own
 from .guards import Watch
-from .passages import Passages, Recorder
-from .proxies import Proxy
+from .leaves import LeafModules, not_there, with_leaves
+from .passages import Recorder
 from .real_effects import ChangedError, Draws, Generators, ModelState, NoDraws, check_calls
 from .repetition import first_difference, not_repeated, note_lines
 from .stops import NotInGraphError, Stop, stop
 from .thread_guard import watched
 from .torch_state import TorchState
-
-LeafModules: TypeAlias = "Iterable[type[nn.Module] | str]"
+from .traced import Traced
 
 
 class _Alone:
@@ -55,61 +50,6 @@ class _Alone:
 
     def __del__(self) -> None:
         self.__exit__()
-
-
-@attrs.frozen(eq=False)
-class Traced:
-    """A graph, the constants that tracing found, by name, and what could not be traced.
-
-    A submodule that could not is one node of the graph; where the model itself could not, there is
-    no graph, but the `fragment` that was traced before the forward raised. `passages` are there if
-    they were asked for, and the `lines` of nodes where tracing was precise. It `asks` if a forward
-    asked what a value is, or an argument was left out.
-    """
-
-    graph: fx.Graph | None
-    constants: dict[str, Any] = attrs.field(factory=dict)
-    stops: tuple[Stop, ...] = ()
-    reads_buffers: bool = False
-    assumptions: tuple[Assumption, ...] = ()
-    fragment: fx.Graph | None = None
-    passages: Passages | None = None
-    lines: Mapping[str, str] = attrs.field(factory=dict)
-    asks: bool = False
-
-    @property
-    def seen(self) -> fx.Graph | None:
-        """The graph, or what there is of one."""
-        return self.fragment if self.graph is None else self.graph
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of the model was traced."""
-        return self.graph is not None and not self.stops
-
-    def check(self, model: nn.Module) -> None:
-        """Raise TraceError where not all of the model was traced."""
-        if not self.is_whole:
-            first = self.stops[0]
-            raise TraceError(first.advice(type(model).__name__)) from first.error
-        for each in self.assumptions:
-            if each.check is None:
-                raise TraceError(each.advice(type(model).__name__))
-
-    @property
-    def decides(self) -> bool:
-        """Whether what the arguments are decided the graph, or what else a forward asked."""
-        return any(not each.is_mode for each in self.assumptions)
-
-    def unchecked(self) -> Traced:
-        """The same without the steps that check what the graph takes for granted."""
-        checks = {each.check for each in self.assumptions if each.check is not None}
-        if self.seen is not None:
-            for node in self.seen.find_nodes(op="call_module"):
-                if node.target in checks:
-                    self.seen.erase_node(node)
-        kept = {name: each for name, each in self.constants.items() if name not in checks}
-        return attrs.evolve(self, constants=kept)
 
 
 def trace(
@@ -157,7 +97,7 @@ def attempt(
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}: {model!r:.80}")
     if isinstance(model, fx.GraphModule):
         return Traced(copy_of(model.graph))
-    if (reason := _not_there(model)) is not None:
+    if (reason := not_there(model)) is not None:
         return Traced(None, stops=(Stop("", type(model).__name__, "", reason, ""),))
     leaves = tuple(leaf_modules)
     for each in leaves:
@@ -220,12 +160,9 @@ def _settled(
             reason = f"its forward changes {name}, which a graph can't do for it"
             changing.setdefault(owner, Stop(owner, kind, "", reason, ""))
         if not changed:
-            # One guess gives a fragment, in which a frozen number makes no difference.
-            if (
-                record
-                or isinstance(guess, bool)
-                or (unlike := _unlike(model, found, again)) is None
-            ):
+            # With guesses it is asked for the calls that there are, and not for a graph to run.
+            is_run = not record and guess is None
+            if (unlike := _unlike(model, found, again) if is_run else None) is None:
                 return attrs.evolve(found, stops=(*changing.values(), *found.stops))
             path, error = unlike
             owner = _owner(model, f"{path}.forward".lstrip("."), changing)
@@ -300,7 +237,7 @@ def _traced(
 ) -> tuple[Traced, list[str]]:
     """What one pass gives, and the names of what it changed, which is put back."""
     names = {each for each in leaves if isinstance(each, str)}
-    own = _with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
+    own = with_leaves(tracer, tuple(each for each in leaves if isinstance(each, type)), names)
     if guess is not None:
         answer_questions(own, guess)
     # Reads of what is skipped are recorded in the graph, so that no forward can write to it.
@@ -391,64 +328,3 @@ def _tell_arguments_apart(graph: fx.Graph) -> None:
         if arguments.get(node.name, node) is not node:
             node.name = fresh_name(node.name, taken)
             taken.add(node.name)
-
-
-def checked_leaves(leaf_modules: LeafModules) -> tuple[type[nn.Module] | str, ...]:
-    """The leaves as a tuple; raises TypeError where one is no module type and no name."""
-    is_many = isinstance(leaf_modules, Iterable) and not isinstance(leaf_modules, str | nn.Module)
-    leaves = tuple(leaf_modules) if is_many else ()
-    for each in leaves:
-        is_type = isinstance(each, type) and issubclass(each, nn.Module)
-        is_many = is_many and (is_type or isinstance(each, str))
-    if not is_many:
-        raise TypeError(
-            f"leaf_modules is a list of module types and qualified names, not {leaf_modules!r:.80}"
-        )
-    return leaves
-
-
-def keeps_whole(
-    tracer: fx.Tracer | type[fx.Tracer], types: tuple[type[nn.Module], ...], names: set[str]
-) -> Callable[[nn.Module, str], bool]:
-    """Whether a module is a leaf for a tracer, or of these types, or of these names."""
-    base = tracer() if isinstance(tracer, type) else tracer
-
-    def keeps(module: nn.Module, name: str) -> bool:
-        return base.is_leaf_module(module, name) or name in names or isinstance(module, types)
-
-    return keeps
-
-
-def _with_leaves(
-    tracer: fx.Tracer | type[fx.Tracer], types: tuple[type[nn.Module], ...], names: set[str]
-) -> fx.Tracer:
-    """A copy of the tracer to which further modules are leaves."""
-    base = tracer() if isinstance(tracer, type) else tracer
-    keeps = keeps_whole(base, types, names)
-    own = copy.copy(base)
-    own.__dict__ = {name: copy.copy(value) for name, value in vars(base).items()}
-    own.is_leaf_module = lambda module, name: (  # type: ignore[method-assign, assignment]
-        keeps(module, name) or has_hooks(module) is not None
-    )
-    if type(base).proxy is fx.Tracer.proxy:  # otherwise the user's tracer has values of its own
-        own.proxy = lambda node: Proxy(node, own)  # type: ignore[method-assign]
-    return own
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what torch.jit or torch.compile made of another."""
-    return isinstance(module, torch.jit.ScriptModule) or is_torch_compiled(module)
-
-
-def _not_there(model: nn.Module) -> str | None:
-    """Why a module's forward is not there to be traced, or None."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return "it is scripted already; rewrite the model before torch.jit"
-    if is_compiled(model):
-        return "it is compiled already; rewrite the model before torch.compile"
-    if "forward" in model.__dict__:
-        return (
-            "it has a forward set on the instance, which tracing would pass over; "
-            "define it in the class, or pass a GraphModule"
-        )
-    return None

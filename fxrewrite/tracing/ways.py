@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import TraceError
-from .tracer import LeafModules, attempt
+from .leaves import LeafModules
+from .tracer import attempt
 
 _MOST = 64
 
