@@ -74,28 +74,24 @@ def _extra_arguments(site: Site, view: GraphView) -> str | None:
 
 def _module_refusal(site: Site, view: GraphView, any_mode: bool) -> str | None:
     called = [(link, link.module) for link in site.links if link.module is not None]
-    trained = all(module.training for _, module in called)
+    fixed = any(not module.training and not _has_no_mode(module) for _, module in called)
     for link, module in called:
         inner = module.modules() if module._modules else (module,)
-        reasons = (_state_refusal(each, view, any_mode, trained) for each in inner)
+        reasons = (_state_refusal(each, view, any_mode, fixed) for each in inner)
         reason = next(filter(None, reasons), None) or differs(module, link.step.modules)
         if reason is not None:
             return f"{link.node.target} {reason}"
     return None
 
 
-def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool, trained: bool) -> str | None:
+def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool, fixed: bool) -> str | None:
     if (hook := has_hooks(module, ignoring_norms=True)) is not None:
         if any(isinstance(each, nn.UninitializedParameter) for each in module.parameters()):
             return "is not initialised yet; run the model once, then rewrite it"
         return f"carries {hook}, which a rewrite would bypass; remove it first"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
-    traits = traits_of_module(module)
-    # Of an activation that has a mode, no row says what it keeps.
-    has_no_mode = traits.layer or (traits.activation and traits.keeps)
-    is_fixed = not trained and has_no_mode and runs_its_forward_alone(module)
-    if module.training and not (any_mode or is_fixed):
+    if module.training and not (any_mode or (fixed and _has_no_mode(module))):
         return "is in training mode, where its output is not a fixed function; call model.eval()"
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
@@ -111,6 +107,12 @@ def _state_refusal(module: nn.Module, view: GraphView, any_mode: bool, trained: 
         if has_tensor_hook(tensor):
             return f"holds {name}, a tensor with a hook, which a rewrite would bypass; remove it"
     return None
+
+
+def _has_no_mode(module: nn.Module) -> bool:
+    traits = traits_of_module(module)
+    known = traits.layer or (traits.activation and traits.keeps)  # which no row with a mode says
+    return bool(known) and runs_its_forward_alone(module)
 
 
 def _written_constant(site: Site, view: GraphView) -> str | None:

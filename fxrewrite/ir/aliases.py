@@ -73,6 +73,5 @@ def _steps(module: nn.Module | None) -> list[nn.Module | None]:
 
 def _is_in_place(module: nn.Module | None) -> bool:
     """Whether a module, or one in it, says that it writes in place."""
-    if module is None or not module._modules:
-        return module is not None and module.__dict__.get("inplace") is True
-    return any(each.__dict__.get("inplace") is True for each in module.modules())
+    modules = () if module is None else module.modules()
+    return any(each.__dict__.get("inplace") is True for each in modules)

@@ -32,9 +32,8 @@ class Siblings(tuple[T_co, ...]):
 class Value:
     """A value of the graph: what a chain reads or makes, or another argument of a step.
 
-    Shape, rank and dtype are known where the rewrite was given example inputs, or the graph has
-    recorded them; otherwise they are None, and `unknown` says what would decide them, or why they
-    are not known. Where data decides a size, the shape is None and the rank is known all the same.
+    Shape, rank and dtype come from example inputs or from the graph; where they are None, `unknown`
+    says why, or what would decide them. Where data decides a size, the rank is known all the same.
     """
 
     name: str

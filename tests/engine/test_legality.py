@@ -256,3 +256,14 @@ def test_a_buffer_that_the_forward_replaces() -> None:
     with pytest.raises(fxr.errors.TraceError, match=r"changed bn\.running_mean"):
         fxr.fuse(model, into="graph")
     before.assert_unchanged()
+
+
+def test_a_layer_in_training_mode_needs_something_with_a_mode_that_is_in_eval_mode() -> None:
+    """Otherwise nobody says that its weights are not to be trained."""
+    linear, norm = nn.Linear(4, 4), nn.BatchNorm1d(4).eval()
+    both = nn.Sequential(nn.Linear(4, 4).eval(), nn.Linear(4, 4))
+    report = fxr.plan(both, "affine", torch.ones(2, 4))
+    assert "1 is in training mode" in report.why("1")
+    frozen = nn.Sequential(linear, norm)
+    assert fxr.plan(frozen, "affine", torch.ones(2, 4)).applied
+    assert not fxr.plan(frozen.train(), "affine", torch.ones(2, 4)).applied
