@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NoReturn, TypeAlias
 from weakref import ref
@@ -13,20 +12,17 @@ import attrs
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules import module as nn_module
 
 from ..engine.bindings import Shown
 from ..errors import GuardError
 from ..module_utils.torch_private import version_of
-from ..tracing.passages import Passage
+from ..tracing.passages import Passage, is_passed_over
 from .local_proof import flaw
 
 Place: TypeAlias = tuple[str, int, str, int]
 """An instruction of a function: its file, the function's first line and name, the offset."""
 
 _Given: TypeAlias = "tuple[ref[torch.Tensor], object, Pair, tuple[CodeType, int] | None]"
-# By whose functions a module is called.
-_ON_THE_WAY = (nn_module.__file__, str(Path(__file__).with_name("guarded_modules.py")), __file__)
 
 
 @attrs.frozen(eq=False)
@@ -220,7 +216,7 @@ def place_of(code: CodeType, at: int) -> Place:
 def _caller() -> tuple[CodeType, int]:
     """The code that calls a guarded module, and where in it."""
     frame = sys._getframe(3)
-    while frame.f_back is not None and frame.f_code.co_filename in _ON_THE_WAY:
+    while frame.f_back is not None and is_passed_over(frame.f_code):
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
 

@@ -150,7 +150,11 @@ def _is_hooked(place: _Place) -> bool:
     return owner is not None and has_hooks(owner) is not None
 
 
-@functools.lru_cache(maxsize=4096)
 def is_passed_over(code: CodeType) -> bool:
     """Whether a function hands values on for torch, FX or us, and is no code of a user's."""
-    return code.co_filename.startswith(_PASSED_OVER)
+    return _is_passed_over(code.co_filename)  # which is quicker to look up than the code
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_passed_over(path: str) -> bool:
+    return path.startswith(_PASSED_OVER)
