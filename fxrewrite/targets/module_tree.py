@@ -156,7 +156,8 @@ class ModuleTreeTarget(GraphTarget):
         gone = [link for link in changed if link not in new]
         chain = [self._original(link) for link in site.links if not _is_idle(link)]
         if self._evidence is not None:
-            reason = self._evidence.refusal(chain, self._gone | self._idle, self._paths.firsts)
+            firsts = self._paths.firsts(chain)
+            reason = self._evidence.refusal(chain, self._gone | self._idle, firsts)
             if reason is not None:
                 return reason
         path = self._paths.of(site)

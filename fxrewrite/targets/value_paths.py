@@ -49,7 +49,6 @@ class ValuePaths:
         }
         self.count = Counter(view.modules[each] for each in self.modules.values())
         self.gone: set[str] = set()
-        self.firsts = self._firsts_of_several()
 
     def of(self, site: Site) -> list[str] | None:
         """The path of a chain's value, through what is gone by now; None if it is not known."""
@@ -85,6 +84,17 @@ class ValuePaths:
     def passages(self, path: Sequence[str]) -> list[Passage]:
         """The code by which the value goes, as far as it is known."""
         return [each for way in self._ways(path) for each in way or ()]
+
+    def firsts(self, chain: Sequence[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+        """For each of these that is called several times, those whose values it is called on."""
+        several = {each: list[nn.Module]() for each in chain if self.count[each] > 1}
+        for node, name in self.modules.items() if several else ():
+            module, before = self._view.modules[name], self._reads[node]
+            while len(before) == 1 and (before[0] in self.gone or self._is_idle(before[0])):
+                before = self._reads[before[0]]
+            if module in several and len(before) == 1 and before[0] in self.modules:
+                several[module].append(self._view.modules[self.modules[before[0]]])
+        return {module: found for module, found in several.items() if found}
 
     def pairs(
         self,
@@ -126,17 +136,6 @@ class ValuePaths:
                 if (reason := flaw(each, strict=strict, late=late)) is not None:
                     return reason
         return None
-
-    def _firsts_of_several(self) -> dict[nn.Module, list[nn.Module]]:
-        """For each module that is called several times, those whose values it is called on."""
-        firsts: dict[nn.Module, list[nn.Module]] = {}
-        for node, name in self.modules.items():
-            module, before = self._view.modules[name], self._reads[node]
-            while len(before) == 1 and self._is_idle(before[0]):
-                before = self._reads[before[0]]
-            if self.count[module] > 1 and len(before) == 1 and before[0] in self.modules:
-                firsts.setdefault(module, []).append(self._view.modules[self.modules[before[0]]])
-        return firsts
 
     def _is_idle(self, node: str) -> bool:
         return node in self.modules and hands_on(self._view.modules[self.modules[node]])

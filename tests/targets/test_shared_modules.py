@@ -130,3 +130,13 @@ def test_a_chain_that_calls_one_module_twice_stays() -> None:
     made, report = fxr.rewrite(model.double(), "affine", into="modules")
     assert "calls one module more than once" in report.refused[0].reason
     torch.testing.assert_close(made(X), model(X), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [None, X], ids=["", "example inputs"])
+def test_a_shared_norm_behind_a_norm_that_goes_is_behind_what_that_read(inputs: Any) -> None:
+    """What a shared module is called on changes as others are folded."""
+    members = {"conv": conv(), "bn": bn(), "conv_": conv(), "shared": bn()}
+    model = Forward(lambda m, x: m.shared(m.conv_(m.shared(m.bn(m.conv(x))))), **members)
+    model = randomise(model).double().eval()
+    made, _ = fxr.rewrite(model, "conv_bn", inputs, into="modules", expect={"conv_bn": 3})
+    torch.testing.assert_close(made(X), model(X), rtol=1e-9, atol=1e-9)
