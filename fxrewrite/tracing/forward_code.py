@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 
+def source_line(code: CodeType, line: int) -> str:
+    """A line of a function's file: file, number and text."""
+    at = traceback.FrameSummary(code.co_filename, line, code.co_name)
+    return f"{at.filename}:{at.lineno}: {at.line}"
+
+
 def line_of(frame: FrameType) -> str:
     """Where a frame is: file, number and text of the line."""
-    code = frame.f_code
-    at = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
-    return f"{at.filename}:{at.lineno}: {at.line}"
+    return source_line(frame.f_code, frame.f_lineno)
 
 
 def first_line(module: nn.Module) -> str:
     """Where the forward of a module begins; empty where it is not written in Python."""
     code = getattr(type(module).forward, "__code__", None)
-    if code is None:
-        return ""
-    at = traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)
-    return f"{at.filename}:{at.lineno}: {at.line}"
+    return "" if code is None else source_line(code, code.co_firstlineno)
 
 
 _TORCH = Path(torch.__file__).parent

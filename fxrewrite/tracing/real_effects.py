@@ -84,7 +84,8 @@ class ModelState(Snapshot):
 
     @override
     def _visit(self, path: Any, value: Any) -> None:
-        if _is_generator(value):
+        kind: Any = type(value)  # mypy takes the hash of a class for that of its instances
+        if _is_generator(kind):
             self.generators.append(value)
         super()._visit(path, value)
 
@@ -173,12 +174,13 @@ class Generators:
 _Known: TypeAlias = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
-def _is_generator(value: Any) -> bool:
-    """Whether it draws random numbers, and can tell which ones come next."""
+@functools.lru_cache(maxsize=4096)  # it is asked of all that a model holds
+def _is_generator(kind: Any) -> bool:
+    """Whether what is of this type draws random numbers, and can tell which ones come next."""
     kinds: tuple[Any, ...] = (random.Random, torch.Generator)
     if (numpy := sys.modules.get("numpy")) is not None:
         kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
-    return isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+    return issubclass(kind, kinds) and not issubclass(kind, random.SystemRandom)
 
 
 def _accessors(generator: Any) -> _Known:

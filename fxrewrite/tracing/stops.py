@@ -12,6 +12,8 @@ import attrs
 import torch
 from torch import fx, nn
 
+from .forward_code import source_line
+
 _TORCHS_OWN = f"{Path(torch.__file__).parent}/_"
 _BRANCHES = "cannot be used as inputs to control flow"
 _PLAIN_WORDS = {
@@ -97,8 +99,7 @@ def stop(model: nn.Module, name: str, error: Exception) -> Stop:
         inner = frame.f_locals.get("self")
         if isinstance(inner, nn.Module) and id(inner) in names:
             name, module = names[id(inner)], inner
-        at = traceback.FrameSummary(frame.f_code.co_filename, lineno, frame.f_code.co_name)
-        line = f"{at.filename}:{at.lineno}: {at.line}"
+        line = source_line(frame.f_code, lineno)
     reason = next((words for part, words in _PLAIN_WORDS.items() if part in str(error)), None)
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, NotInGraphError):
